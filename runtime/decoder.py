@@ -222,7 +222,7 @@ class Decoder:
         Raises:
             ValueError: The cache is full.
         """
-        self._next(given)
+        self.launch(given)
         token = self._answer()
         self._check()
         return token
@@ -251,7 +251,7 @@ class Decoder:
         arrived = [torch.cuda.Event() for _ in range(2)]
         for number in range(count + 1):
             if number < count:
-                self._next()
+                self.launch()
                 read[number % 2].copy_(self.token, non_blocking=True)
                 arrived[number % 2].record(stream)
             if number:
@@ -259,14 +259,22 @@ class Decoder:
                 self._check()
                 yield self._told(read[(number - 1) % 2])
 
-    def _next(self, given: int | list[int] | None = None) -> None:
-        """Begin the next step, whose token is not waited for."""
+    @torch.no_grad()
+    def launch(self, given: int | list[int] | Tensor | None = None) -> None:
+        """Begin the next step, as `step` does, and wait for nothing: its `logits` follow.
+
+        Args:
+            given: As for `step`; tokens that lie on the device too, int64 [batch, 1].
+
+        Raises:
+            ValueError: The cache is full.
+        """
         if not 0 < self.used < self.capacity:
             state = "full" if self.used else "empty: start with a prompt"
             raise ValueError(f"the cache of {self.capacity} tokens is {state}")
         self.held = [count + 1 for count in self.held]
         if given is not None:
-            self.token.copy_(torch.tensor(given).view(self.batch, 1))
+            self.token.copy_(torch.as_tensor(given).view(self.batch, 1))
         if not self._records():
             self._advance()
             return

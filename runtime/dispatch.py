@@ -84,7 +84,7 @@ class AttentionDispatcher:
     They are those of `functional`, and take caches of every layout as their past.
 
     Args:
-        plans: The best for a key first.
+        plans: The best for a key first; none where the reference is meant to run.
         folder: Where images lie.
         arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
             of code run on that one alone, Triton on what is not older: plans count on its memory.
@@ -287,6 +287,8 @@ class AttentionDispatcher:
         """Return the plan whose kernel takes the operands; None where there is none."""
         if not self._on_device(q):
             self._instead("attention on a CPU runs by its reference")
+            return None
+        if not self._plans:
             return None
         kv, size = "contiguous", None
         if keys.block_table is not None or keys.ring_start is not None:

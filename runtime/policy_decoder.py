@@ -79,8 +79,8 @@ class PolicyDecoder(Decoder):
             self.offload.kv.settle()
         self.count.steps = 0
 
-    def _next(self, given: int | list[int] | None = None) -> None:
-        super()._next(given)
+    def launch(self, given: int | list[int] | Tensor | None = None) -> None:
+        super().launch(given)
         assert self.count.steps is not None
         self.count.steps += 1
 

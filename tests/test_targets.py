@@ -9,12 +9,15 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import runner
 
+import graphopt as go
 from graphopt import targets
 from graphopt.cli.commands import app
 from graphopt.errors import UsageError
-from graphopt.lowering.kernels import get_layer_family, plan_attention, portable_target
+from graphopt.execute.interpreter import Runner
+from graphopt.lowering.kernels import get_layer_family, plain_gpu, plan_attention
 from graphopt.lowering.kernels.triton import expert_tiles, kernel_constants
 from graphopt.lowering.torch import TorchEmitter
 from graphopt.memory.analysis.link import default_link
@@ -212,16 +215,44 @@ def test_a_gpu_without_kernels_runs_in_plain_torch_which_is_said():
         ("every layer", "attention by its reference: an old one has no attention kernels of ours")
     ]
     assert TorchEmitter().fallbacks(program, "cpu") == []
-    # What is older than all others, and has nothing to run, stands in for none.
-    assert portable_target().compute_capability == (8, 0)
 
 
-def test_models_that_write_are_emitted_for_the_gpu_that_most_others_can_stand_in_for():
-    assert portable_target().compute_capability == (8, 0)
-    register_target(changed('isa = "sm_90"', 'isa = "sm_100"'))
-    assert get_target("mine").compute_capability == (10, 0)
+def test_models_that_write_are_emitted_for_a_gpu_that_compiles_nothing():
+    def taken():
+        target = plain_gpu()
+        return target.compute_capability, target.kernels, target.layer_kernels
+
+    assert taken() == ((5, 0), (), ())
+    for isa, oldest in (("sm_100", (5, 0)), ("sm_30", (3, 0))):
+        without = re.sub("^(layer_)?kernels = .*\n", "", HOPPER, flags=re.MULTILINE)
+        without = without.replace('name = "hopper"', f'name = "{isa}"')
+        register_target(without.replace('isa = "sm_90"', f'isa = "{isa}"'))
+        assert get_target(isa).kernels == () and taken() == (oldest, (), ())
     assert get_target("cpu").compute_capability is None
-    assert portable_target().compute_capability == (8, 0)
+
+
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_models_for_a_gpu_that_no_kernel_of_ours_runs_on_are_plain_torch(with_triton, tmp_path):
+    """Ops that kernels alone have are not in them; caches have fixed room all the same."""
+    from emitted import load_file
+    from programs import tiny_program
+
+    if with_triton:
+        register_target(changed("NVIDIA H100 (Hopper)", "an old one", TURING))
+    program = tiny_program(cache=True, head_dim=32)
+    target = "mine" if with_triton else plain_gpu().name
+    go.emit(program, tmp_path / "out", target=target, emit=("torch",))
+    module = load_file(tmp_path / "out" / "model.py")
+    model = module.load(tmp_path / "out", device="cpu")
+    text, plain = [5, 6, 7], Runner(program)
+    wanted: list[int] = []
+    for _ in range(6):
+        logits = plain.logits({"input_ids": torch.tensor([text + wanted])})
+        wanted.append(int(logits[0, -1].argmax()))
+    assert module.generate(model, text, 6) == wanted
+    decoder = module.Decoder(model, 10)
+    assert [decoder.start(text), *decoder.steps(5)] == wanted
+    assert not [file for file in (tmp_path / "out").rglob("*.py") if "tl." in file.read_text()]
 
 
 def test_the_newest_gpu_that_states_a_figure_stands_for_one():

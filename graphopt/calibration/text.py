@@ -36,7 +36,11 @@ from graphopt.support.ranks import here, sharing
 PASSAGE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
 
-PASSAGES_AT_ONCE = 2048
+PASSAGES_AT_ONCE = 1024
+"""Passages that are written side by side, at most: with more, fewer would be whole in a time."""
+
+QUEUED_TOKENS = 16
+"""Tokens of a passage after which a GPU is waited for: until then, deadlines do not see it."""
 
 PERPLEXITY_WINDOWS = 2
 """Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
@@ -167,7 +171,7 @@ def sample_windows(
         begin: n ids that each of the given windows begins with. So does each of the new ones, and
             each passage as it is written.
         seconds: Stop after about so many; there are fewer windows then, and passages may be
-            shorter.
+            shorter, but for those of which less is written than was given.
 
     Returns:
         int64 [count, length] on the CPU.
@@ -213,6 +217,7 @@ def _written(
         passage, prompt: Tokens of a passage, and how many of them the text gives.
     """
     begun, n = time.perf_counter(), len(begin)
+    least = min(n + 2 * prompt, passage)  # of a passage that is kept
     deadline = math.inf if seconds is None else begun + seconds
     first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
@@ -220,7 +225,7 @@ def _written(
     most = writer.at_once(passage, n + prompt)
     passages: list[Tensor] = []
     done = 0
-    while done < wanted and (time.perf_counter() < deadline or not passages):
+    while done < wanted and time.perf_counter() < deadline:
         part = min(most, -(-(wanted - done) // (passage - n)))
         rows = torch.randint(len(text), (part,), generator=generator)
         places = n + torch.randint(text.shape[1] - n - prompt + 1, (part,), generator=generator)
@@ -234,10 +239,13 @@ def _written(
             progress("writing text", int(min(share, 1.0) * 1000), 1000)
             return now < deadline
 
-        passages.append(writer.write(prompts, passage, tell)[:, n:].flatten())
+        made = writer.write(prompts, passage, tell)
+        if made.shape[1] < least:
+            break
+        passages.append(made[:, n:].flatten())
         done += len(passages[-1])
     progress("writing text", 1000, 1000)
-    return torch.cat(passages)[:wanted]
+    return torch.cat([text.new_empty(0), *passages])[:wanted]
 
 
 def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
@@ -308,9 +316,15 @@ class _Writer(ABC):
         """
         prompts = prompts.to(self.device)
         parts, logits = [prompts], self.start(prompts, length)
+        noise = torch.empty(logits.shape, dtype=torch.float32, device=self.device)
         for count in range(prompts.shape[1] + 1, length + 1):
-            probabilities = torch.softmax(logits.float(), -1)
-            parts.append(torch.multinomial(probabilities, 1, generator=self.generator))
+            # The largest of logits with Gumbel noise is drawn as softmax says: of a large
+            # vocabulary it takes a third of the memory traffic that softmax and a draw do.
+            noise.exponential_(generator=self.generator).log_()
+            torch.sub(logits, noise, out=noise)
+            parts.append(noise.argmax(-1, keepdim=True))
+            if self.device.type == "cuda" and count % QUEUED_TOKENS == 0:
+                torch.cuda.synchronize(self.device)
             if not go_on(count) or count == length:
                 break
             logits = self.step(parts[-1])
@@ -343,12 +357,15 @@ class _Interpreted(_Writer):
 
 
 class _Emitted(_Writer):
-    """Runs the emitted model, whose recorded step has no launches to wait for."""
+    """Runs the emitted model, whose recorded step has no launches to wait for.
+
+    Without kernels of ours, which would be compiled for longer than most trainings let it write.
+    """
 
     def __init__(
         self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
     ) -> None:
-        from graphopt.lowering.kernels import portable_target
+        from graphopt.lowering.kernels import plain_gpu
         from graphopt.lowering.torch import TorchEmitter
 
         super().__init__(program, device, dtype, seed)
@@ -357,7 +374,7 @@ class _Emitted(_Writer):
         given = self.program.copy()
         given.checkpoint_dtype = dtype  # which is what kernels are planned for
         given.tokenizer = None  # it writes ids
-        TorchEmitter().emit(given, root, portable_target().name, silent)
+        TorchEmitter().emit(given, root, plain_gpu().name, silent)
         module = import_model(root / "model.py")
         self.decoder = getattr(module, "Decoder", None)
         self.model = module.load(root, dtype=dtype, device=device)
@@ -373,7 +390,7 @@ class _Emitted(_Writer):
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        self.state.step(tokens[:, 0].tolist())
+        self.state.launch(tokens)
         logits: Tensor = self.state.logits
         return logits
 

@@ -634,9 +634,15 @@ def sdpa(
 
     On a GPU only the flash kernel takes fewer heads of keys than of queries, and it takes neither
     masks, nor fp32, nor wide heads: without a copy of the keys such a call would write all scores.
-    For a single query, that copy would cost more than its scores.
+    For a single query, that copy would cost more than its scores; the heads of a group are its
+    queries then, which all kernels take.
     """
     groups = q.shape[1] // k.shape[1]
+    alike = added is None or added.shape[1] == 1
+    if q.is_cuda and groups > 1 and q.shape[2] == 1 and alike and not is_causal:
+        grouped = q.unflatten(1, (-1, groups))[:, :, :, 0]
+        out = F.scaled_dot_product_attention(grouped, k, v, added, scale=scale)
+        return out.flatten(1, 2)[:, :, None]
     flash = added is None and q.element_size() == 2 and max(q.shape[3], v.shape[3]) <= 256
     if q.is_cuda and groups > 1 and q.shape[2] > 1 and not flash:
         k, v, groups = shared_by_heads(k, groups), shared_by_heads(v, groups), 1

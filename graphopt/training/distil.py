@@ -240,6 +240,9 @@ class Distiller:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(own, path)
         self.record.generated_windows = len(own)
+        if not len(own) and seconds is not None:
+            reason = f"in {seconds:.0f} s the dense model had not begun to write it"
+            self.skipped.append(Skip("text of the model's own", reason))
         return torch.cat([self.windows, own])
 
     def _generated_windows(self) -> tuple[int, float | None]:

@@ -16,7 +16,7 @@ from graphopt.training.schedule import Schedule
 
 GENERATION_SHARE = 0.25
 """The share of a training's seconds in which the dense model generates text for it."""
-WRITER_READY = 10.0
+WRITER_READY = 6.0
 """Seconds of writing from which on there is any: a model takes most of them to be made ready."""
 EPOCHS = 4
 """How often a training of a given number of steps reads what the dense model writes."""

@@ -15,7 +15,7 @@ from graphopt.lowering.kernels.family import (
     register_family,
     register_layer_family,
 )
-from graphopt.lowering.kernels.planning import plan_attention, portable_target
+from graphopt.lowering.kernels.planning import plain_gpu, plan_attention
 
 __all__ = [
     "CudaFamily",
@@ -28,8 +28,8 @@ __all__ = [
     "get_family",
     "get_layer_family",
     "hopper_cuda",
+    "plain_gpu",
     "plan_attention",
-    "portable_target",
     "register_family",
     "register_layer_family",
     "triton",

@@ -50,20 +50,13 @@ def why_no_kernel(spec: AttentionSpec, target: Target) -> str | None:
     return "; ".join(reasons) or f"{target.title} has no attention kernels of ours"
 
 
-def portable_target() -> Target:
-    """Return the GPU whose kernels run on the most others: the oldest that compiles as it runs."""
-
-    def age(target: Target) -> tuple[tuple[int, int], str]:
-        assert target.compute_capability is not None
-        return target.compute_capability, target.name
-
+def plain_gpu() -> Target:
+    """Return the oldest GPU without kernels of ours: a first run has nothing to compile."""
     return min(
         (
             target
             for target in all_targets().values()
-            if target.kind == "gpu"
-            and target.kernels
-            and not any(get_family(name).ahead for name in target.kernels)
+            if target.kind == "gpu" and not target.kernels and not target.layer_kernels
         ),
-        key=age,
+        key=lambda target: target.compute_capability or (0, 0),
     )

@@ -122,20 +122,11 @@ def _all_on_host(program: Program) -> list[tuple[str, str]]:
     return [(where, "their places are left out: this model runs on one device, with all its keys")]
 
 
-def _in_plain_torch(program: Program, target: str) -> list[tuple[str, str]]:
-    """Return what a model without kernels leaves out, and that a GPU's attentions have none."""
-    machine = get_target(target)
-    told = _all_on_host(program)
-    called = {call.function for call in program.calls}
-    ops = {node.op for name in called for node in program.functions[name].nodes}
-    if machine.kind != "cpu" and ops & {"attention", "policy_attention"}:
-        why = f"{machine.title} has no attention kernels of ours"
-        told.append(("every layer", f"attention by its reference: {why}"))
-    return told
-
-
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
-    attentions = [(where, f"attention by its reference: {why}") for where, why in kernels.refused]
+    refused = kernels.refused
+    if not kernels.target.kernels and kernels.ops & {"attention", "policy_attention"}:
+        refused = [("every layer", f"{kernels.target.title} has no attention kernels of ours")]
+    attentions = [(where, f"attention by its reference: {why}") for where, why in refused]
     if kernels.both_ways:
         what = "a prompt with pictures, whose tokens see each other both ways, is read by the"
         attentions.append(("attention", f"{what} reference: kernels are causal"))
@@ -178,12 +169,12 @@ class TorchEmitter(Emitter):
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         kernels = lower_attentions(program, target)
         if kernels is None:
-            return _in_plain_torch(program, target)
+            return _all_on_host(program)
         return _without_kernel(kernels)
 
     def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
         machine = get_target(target)
-        if not self.in_compute_dtype or not machine.kernels or not is_rounded(weight):
+        if not self.in_compute_dtype or machine.kind == "cpu" or not is_rounded(weight):
             return weight.dtype
         return DTYPES[compute_dtype(program, machine)]
 
@@ -202,7 +193,7 @@ class TorchEmitter(Emitter):
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []
-        fallbacks = _in_plain_torch(program, target)
+        fallbacks = _all_on_host(program)
         if kernels is not None:
             images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images

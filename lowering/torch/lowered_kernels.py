@@ -281,13 +281,16 @@ attention_results = DISPATCHER.attention_results
 
 
 def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
-    """Return the kernels of a program on a target; None where that has none of ours.
+    """Return the kernels of a program on a target; None for a CPU.
+
+    A GPU that has none of ours has no plans: its attentions and layers are torch's. Caches have
+    fixed room, and a step is recorded, all the same.
 
     Args:
         program: As it is emitted: annotated by `plan-kernels`. Any other is planned here.
     """
     machine = get_target(target)
-    if not machine.kernels:
+    if machine.kind == "cpu":
         return None
     planned = planned_attentions(program)
     if not planned:

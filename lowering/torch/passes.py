@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.ir.graph import Program
 from graphopt.ir.sighted import with_rows_apart
 from graphopt.ir.verify import verify
+from graphopt.lowering.kernels import get_layer_family
 from graphopt.lowering.kernels.plan_kernels import PlanKernels
 from graphopt.lowering.torch.fuse import FuseLayerOps
 from graphopt.lowering.torch.packed import with_uniform_encodings
@@ -17,9 +18,9 @@ from graphopt.targets import get_target
 def lowering_passes(target: str) -> list[Pass]:
     """Return the exact passes that run before emission for a target, in their order."""
     machine = get_target(target)
-    passes: list[Pass] = (
-        [DeferResidualAdds(), FuseLayerOps(target)] if machine.layer_kernels else []
-    )
+    # What fuses ops is for kernels that run them, which a machine may be too old for.
+    fuses = any(get_layer_family(name).refuses(machine) is None for name in machine.layer_kernels)
+    passes: list[Pass] = [DeferResidualAdds(), FuseLayerOps(target)] if fuses else []
     return [*passes, PlanKernels(target)] if machine.kernels else passes
 
 

@@ -95,7 +95,7 @@ class PlaceKV(Pass):
             if size is not None:
                 parse_bytes(name, size)
         machine = self._machine()
-        if not machine.kernels:
+        if machine.kind == "cpu":
             raise UsageError(
                 f"{machine.name} is no GPU: all its keys lie in the host's memory.",
                 "Give the target= of a GPU, or leave place-kv out.",
