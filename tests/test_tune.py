@@ -61,7 +61,7 @@ def tuner_of(program, forms, schedule, objective=None, saved=None):
                  saved=saved)  # fmt: skip
 
 
-@pytest.mark.parametrize(("left", "seconds"), [(20.0, None), (31.9, None), (60.0, 15.0)])
+@pytest.mark.parametrize(("left", "seconds"), [(20.0, None), (23.9, None), (60.0, 15.0)])
 def test_no_text_is_written_in_seconds_that_only_make_the_writer_ready(left, seconds, monkeypatch):
     monkeypatch.setattr("graphopt.training.written_text.free_bytes", lambda device: 2**20)
     schedule = Schedule(seconds=left)

@@ -36,8 +36,8 @@ from graphopt.support.ranks import here, sharing
 PASSAGE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
 
-PASSAGES_AT_ONCE = 1024
-"""Passages that are written side by side, at most: with more, fewer would be whole in a time."""
+PASSAGES_AT_ONCE = 2048
+"""Passages that are written side by side, at most: small models step through few as slowly."""
 
 QUEUED_TOKENS = 16
 """Tokens of a passage after which a GPU is waited for: until then, deadlines do not see it."""
