@@ -212,7 +212,7 @@ def test_a_gpu_without_kernels_runs_in_plain_torch_which_is_said():
     register_target(without)
     program = tiny_program(cache=True)
     assert TorchEmitter().fallbacks(program, "mine") == [
-        ("every layer", "attention by its reference: an old one has no attention kernels of ours")
+        ("every layer", "attention by its reference: mine has no attention kernels of ours")
     ]
     assert TorchEmitter().fallbacks(program, "cpu") == []
 

@@ -125,7 +125,7 @@ def _all_on_host(program: Program) -> list[tuple[str, str]]:
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
     refused = kernels.refused
     if not kernels.target.kernels and kernels.ops & {"attention", "policy_attention"}:
-        refused = [("every layer", f"{kernels.target.title} has no attention kernels of ours")]
+        refused = [("every layer", f"{kernels.target.name} has no attention kernels of ours")]
     attentions = [(where, f"attention by its reference: {why}") for where, why in refused]
     if kernels.both_ways:
         what = "a prompt with pictures, whose tokens see each other both ways, is read by the"
