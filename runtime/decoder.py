@@ -245,7 +245,6 @@ class Decoder:
             for _ in range(count):
                 yield self.step()
             return
-        stream = torch.cuda.current_stream(self.token.device)
         # The host reads one while a step writes the other.
         read = [torch.empty(self.token.shape, dtype=torch.long, pin_memory=True) for _ in range(2)]
         arrived = [torch.cuda.Event() for _ in range(2)]
@@ -253,7 +252,7 @@ class Decoder:
             if number < count:
                 self.launch()
                 read[number % 2].copy_(self.token, non_blocking=True)
-                arrived[number % 2].record(stream)
+                arrived[number % 2].record(torch.cuda.current_stream(self.token.device))
             if number:
                 arrived[(number - 1) % 2].synchronize()
                 self._check()
@@ -262,6 +261,8 @@ class Decoder:
     @torch.no_grad()
     def launch(self, given: int | list[int] | Tensor | None = None) -> None:
         """Begin the next step, as `step` does, and wait for nothing: its `logits` follow.
+
+        What the host does of a step may fail, which the next `step` says.
 
         Args:
             given: As for `step`; tokens that lie on the device too, int64 [batch, 1].

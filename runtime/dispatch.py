@@ -84,7 +84,7 @@ class AttentionDispatcher:
     They are those of `functional`, and take caches of every layout as their past.
 
     Args:
-        plans: The best for a key first; none where the reference is meant to run.
+        plans: The best for a key first; None where the reference is meant to run.
         folder: Where images lie.
         arch: (major, minor) of the GPU the plans were made for; None for what is no GPU. Images
             of code run on that one alone, Triton on what is not older: plans count on its memory.
@@ -93,13 +93,14 @@ class AttentionDispatcher:
 
     def __init__(
         self,
-        plans: Sequence[Planned],
+        plans: Sequence[Planned] | None,
         folder: Path,
         arch: tuple[int, int] | None,
         append: AppendKV = kv_memory.append_kv,
     ) -> None:
+        self._by_reference = plans is None
         self._plans: dict[AttentionKey, list[Planned]] = {}
-        for plan in plans:
+        for plan in plans or ():
             self._plans.setdefault(plan.key, []).append(plan)
         self._folder, self._arch, self._append = folder, arch, append
         self._runs: dict[int, Callable[..., Any]] = {}
@@ -288,7 +289,7 @@ class AttentionDispatcher:
         if not self._on_device(q):
             self._instead("attention on a CPU runs by its reference")
             return None
-        if not self._plans:
+        if self._by_reference:
             return None
         kv, size = "contiguous", None
         if keys.block_table is not None or keys.ring_start is not None:

@@ -60,7 +60,11 @@ class PolicyDecoder(Decoder):
                     [kv], [layout], self.capacity, self.seq_lens, self.new_lens, bits
                 )
                 if policy is not None:
-                    assert isinstance(made, PagedKVCache)
+                    if not isinstance(made, PagedKVCache):
+                        raise ValueError(
+                            "keys in host memory lie in the pages of their policy, and this "
+                            f"model's are {layout[0]}: compile it for a target that reads pages"
+                        )
                     pool = made
             caches.append(None if policy is not None else made)
         assert pool is not None  # a decoder of this kind has a layer with a policy

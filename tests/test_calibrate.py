@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from trained import book, trained_program
@@ -71,9 +73,24 @@ def test_the_emitted_model_writes_what_the_interpreter_writes(model):
     assert writer.write(prompts, 40, lambda count: True).shape == (3, 40)
 
 
-def test_seconds_end_the_writing_where_it_is(model):
-    assert len(written(model, 8, 24)[1]) == 8
-    assert len(written(model, 8, 24, seconds=0.0)[1]) == 0
+@pytest.mark.parametrize(
+    ("seconds", "tokens"), [(0.0, 0), (14.0, 0), (17.0, 32), (40.0, 55), (64.0, 79), (90.0, 80)]
+)
+def test_seconds_end_the_writing_where_it_is(model, seconds, tokens, monkeypatch):
+    """Of a clock that tells of a second for each token, and of passages of 80 tokens, 16 given."""
+    ticks = itertools.count()
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: float(next(ticks)))
+    length, count = 80, 4
+    _, made = written(model, count, length, seconds=seconds)
+    # Passages of which less was written than given are none.
+    assert len(made) == count * tokens // length
+
+
+def test_a_model_whose_logits_are_no_numbers_writes_nothing(model, monkeypatch):
+    step = calibrate._Interpreted.step
+    monkeypatch.setattr(calibrate._Interpreted, "step", lambda *a: step(*a) * float("nan"))
+    with pytest.raises(PassError, match="logits that are no numbers: it writes no text"):
+        written(model, 1, 24)
 
 
 def test_without_a_text_the_model_writes_one_for_all_passes(model):

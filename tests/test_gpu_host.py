@@ -66,11 +66,13 @@ def test_answers_are_those_of_keys_on_the_device(shares: str, tmp_path: Path) ->
     assert error <= 24 * eps * float(logits.float().abs().max())
     assert decoder.graphs and decoder.kv.records
     assert not own_logits.isnan().any()
-    texts = [list(range(3, 90)), list(range(5, 40))]
+    # Steps of two numbers of pieces, of which the second is recorded with a step on its way.
+    texts = [[3 + i % 90 for i in range(decoder.kv.granule - 4)], list(range(5, 40))]
     one_by_one = [decoder.start(texts), *(decoder.step() for _ in range(9))]
-    # Recorded by the way too, with a step on its way.
-    for again in (decoder, decoder_class(model, ROOM, BATCH)):
+    new = decoder_class(model, ROOM, BATCH)
+    for again in (decoder, new):
         assert [again.start(texts), *again.steps(9)] == one_by_one
+    assert len(new.graphs) == 2
 
 
 def test_a_decoder_leaves_no_memory_behind(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_a_gpu_without_kernels_runs_in_plain_torch_which_is_said():
 
 def test_models_that_write_are_emitted_for_a_gpu_that_compiles_nothing():
     def taken():
-        target = plain_gpu()
+        target = plain_gpu("bf16")
         return target.compute_capability, target.kernels, target.layer_kernels
 
     assert taken() == ((5, 0), (), ())
@@ -240,7 +240,7 @@ def test_models_for_a_gpu_that_no_kernel_of_ours_runs_on_are_plain_torch(with_tr
     if with_triton:
         register_target(changed("NVIDIA H100 (Hopper)", "an old one", TURING))
     program = tiny_program(cache=True, head_dim=32)
-    target = "mine" if with_triton else plain_gpu().name
+    target = "mine" if with_triton else plain_gpu("f16").name
     go.emit(program, tmp_path / "out", target=target, emit=("torch",))
     module = load_file(tmp_path / "out" / "model.py")
     model = module.load(tmp_path / "out", device="cpu")

@@ -92,9 +92,9 @@ def bits_kernels() -> str:
         ]
         tables.append(markdown_table(["microseconds", *_CACHES], rows))
     if "model" in found:
-        timed = all("gpu_microseconds" in row for row in found["model"]["rows"])
-        rows = []
-        for row in found["model"]["rows"]:
+        ran = [row for row in found["model"]["rows"] if "tokens_per_second" in row]
+        timed, rows = all("gpu_microseconds" in row for row in ran), []
+        for row in ran:
             rate = f"{median(row['tokens_per_second']):.0f}"
             rows.append([row["name"], rate, f"{row.get('times_bf16', 1):.2f}"])
             if timed:

@@ -206,8 +206,12 @@ def model_part(rows: Rows, target: str, only: Collection[str] = ()) -> None:
                 rows.fail(f"model {label}", error)
         for turn in range(-1, TURNS):
             # Whose turn is first changes, so that none has always the warmer GPU.
-            for one, _ in [*decoded.values()][:: -1 if turn % 2 else 1]:
-                one.turn()
+            for label in [*decoded][:: -1 if turn % 2 else 1]:
+                try:
+                    decoded[label][0].turn()
+                except Exception as error:
+                    rows.fail(f"model {label}", error)
+                    del decoded[label]
         for one, _ in decoded.values():
             del one.rates[0], one.times[:1]
         base = decoded["bf16"][0] if "bf16" in decoded else None
@@ -239,9 +243,10 @@ def _row(one: Decoded, result: Result, base: Decoded | None) -> tuple[Result, st
     Args:
         base: What it is compared with.
     """
-    result = {**result, "tokens_per_second": one.rates, "gpu_microseconds": one.times}
+    result = {**result, "tokens_per_second": one.rates}
     shown = f"{median({'': one.rates})['']:.0f} tokens a second"
     if ON_GPU:
+        result["gpu_microseconds"] = one.times
         shown += f", a step {median({'': one.times})['']:.0f} us of the GPU"
     if base is not None and base is not one:
         found = median({"own": one.rates, "base": base.rates})

@@ -171,7 +171,7 @@ def sample_windows(
         begin: n ids that each of the given windows begins with. So does each of the new ones, and
             each passage as it is written.
         seconds: Stop after about so many; there are fewer windows then, and passages may be
-            shorter, but for those of which less is written than was given.
+            shorter; those of which less was written than given are left out.
 
     Returns:
         int64 [count, length] on the CPU.
@@ -277,7 +277,13 @@ def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
 
 
 class _Writer(ABC):
-    """A model that writes on."""
+    """A model that writes on.
+
+    Attributes:
+        last_alone: Whether it computes the logits of a prompt's last token alone.
+    """
+
+    last_alone = False
 
     def __init__(
         self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
@@ -303,8 +309,9 @@ class _Writer(ABC):
         states = self.program.states.values()
         vocabulary = decoder_config(self.program.config).get("vocab_size", 0)
         cached = length * sum(state.heads * (state.k_dim + state.v_dim) for state in states)
-        # Logits of a prompt are there as the model makes them and as softmax reads them.
-        need = (cached + 3 * prompt * int(vocabulary)) * self.dtype.itemsize
+        # Logits are there as the model makes them and as a decoder keeps them, and with noise.
+        rows = 1 if self.last_alone else prompt
+        need = (cached + 2 * rows * int(vocabulary)) * self.dtype.itemsize + 4 * int(vocabulary)
         return min(PASSAGES_AT_ONCE, max(1, free_bytes(self.device) // 3 // need))
 
     @torch.inference_mode()
@@ -328,6 +335,11 @@ class _Writer(ABC):
             if not go_on(count) or count == length:
                 break
             logits = self.step(parts[-1])
+        if bool(noise.amax().isnan()):
+            raise PassError(
+                f"{self.program.name} gives logits that are no numbers: it writes no text.",
+                "Give a text with --calib, and generated_windows=0 to what trains.",
+            )
         return torch.cat(parts, 1).cpu()
 
 
@@ -374,9 +386,10 @@ class _Emitted(_Writer):
         given = self.program.copy()
         given.checkpoint_dtype = dtype  # which is what kernels are planned for
         given.tokenizer = None  # it writes ids
-        TorchEmitter().emit(given, root, plain_gpu().name, silent)
+        TorchEmitter().emit(given, root, plain_gpu("bf16").name, silent)
         module = import_model(root / "model.py")
         self.decoder = getattr(module, "Decoder", None)
+        self.last_alone = getattr(self.decoder, "last_alone", False)
         self.model = module.load(root, dtype=dtype, device=device)
         self.state: Any = None
 

@@ -638,7 +638,7 @@ def sdpa(
     queries then, which all kernels take.
     """
     groups = q.shape[1] // k.shape[1]
-    alike = added is None or added.shape[1] == 1
+    alike = added is None or (added.dim() == 4 and added.shape[1] == 1)
     if q.is_cuda and groups > 1 and q.shape[2] == 1 and alike and not is_causal:
         grouped = q.unflatten(1, (-1, groups))[:, :, :, 0]
         out = F.scaled_dot_product_attention(grouped, k, v, added, scale=scale)

@@ -63,7 +63,9 @@ def missing_here(target: Target) -> list[Lack]:
             named = f"{package} {wanted}" if _specifier(wanted) else package
             lacking.append(Lack(named, ", ".join(versions), purpose, remedy))
     capability = target.compute_capability
-    if capability is not None and not _runs_on(target, capability):
+    # Where no code of ours runs, PyTorch decides which GPUs there are, some of them not NVIDIA's.
+    ours = target.kernels or target.layer_kernels
+    if ours and capability is not None and not _runs_on(target, capability):
         has = ", ".join(f"one of {major}.{minor}" for major, minor in sorted(_gpus()))
         lacking.append(
             Lack(

@@ -241,7 +241,7 @@ class Distiller:
                 torch.save(own, path)
         self.record.generated_windows = len(own)
         if not len(own) and seconds is not None:
-            reason = f"in {seconds:.0f} s the dense model had not begun to write it"
+            reason = f"in {seconds:.0f} s the dense model had not written a window"
             self.skipped.append(Skip("text of the model's own", reason))
         return torch.cat([self.windows, own])
 

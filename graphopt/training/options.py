@@ -30,7 +30,7 @@ class TrainingOptions:
         seqlen: Tokens of a window.
         generated_windows: How many windows the dense model writes itself, as self-generated
             calibration data; by default none on a CPU, and on a GPU what a quarter of the seconds
-            allows (none in under 40 seconds), or of the steps reads.
+            allows (none in under 24 seconds), or of the steps reads.
         train: Whether weights are trained whole (all), or matrices by a low-rank term.
         rank: The rank of that term.
         patience: After how many checks without a lower held-out loss training stops; 0 for never.

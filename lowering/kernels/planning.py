@@ -29,7 +29,7 @@ def plan_attention(spec: AttentionSpec, target: Target) -> AttentionPlan:
         refused.append((name, reason))
     if not refused:
         raise LoweringError(
-            f"{target.title} has no attention kernels of ours.",
+            f"{target.name} has no attention kernels of ours.",
             "Its programs run by their reference.",
         )
     reasons = dict.fromkeys(reason for _, reason in refused)
@@ -47,16 +47,23 @@ def why_no_kernel(spec: AttentionSpec, target: Target) -> str | None:
         if reason is None:
             return None
         reasons[reason] = None
-    return "; ".join(reasons) or f"{target.title} has no attention kernels of ours"
+    return "; ".join(reasons) or f"{target.name} has no attention kernels of ours"
 
 
-def plain_gpu() -> Target:
-    """Return the oldest GPU without kernels of ours: a first run has nothing to compile."""
+def plain_gpu(dtype: str) -> Target:
+    """Return the oldest GPU without kernels of ours: a first run has nothing to compile.
+
+    Args:
+        dtype: What it computes in.
+    """
     return min(
         (
             target
             for target in all_targets().values()
-            if target.kind == "gpu" and not target.kernels and not target.layer_kernels
+            if target.kind == "gpu"
+            and dtype in target.dtypes
+            and not target.kernels
+            and not target.layer_kernels
         ),
         key=lambda target: target.compute_capability or (0, 0),
     )

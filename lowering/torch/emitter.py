@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from graphopt.lowering.torch import ranks
 from graphopt.lowering.torch.lowered_kernels import (
     FOLDER,
     LoweredKernels,
+    in_plain_torch,
     lower_attentions,
     range_report,
 )
@@ -41,7 +42,7 @@ from graphopt.pass_manager.contract import Pass
 from graphopt.storage.shared_weights import shared_weights, write_index
 from graphopt.storage.stored_weight import StoredWeight
 from graphopt.support.progress import Progress
-from graphopt.targets import get_target
+from graphopt.targets import Target, get_target
 
 MODEL_NAME = "model.py"
 ARENA_FOLDER, PICTURES_FOLDER, POLICY_FOLDER = "arena", "pictures", "policies"
@@ -122,11 +123,27 @@ def _all_on_host(program: Program) -> list[tuple[str, str]]:
     return [(where, "their places are left out: this model runs on one device, with all its keys")]
 
 
+def _left_out(program: Program, target: str) -> list[tuple[str, str]]:
+    """Return what a model leaves out that is in plain PyTorch."""
+    return [*_all_on_host(program), *_no_kernels(get_target(target), _ops(program))]
+
+
+def _ops(program: Program) -> frozenset[str]:
+    called = {call.function for call in program.calls}
+    return frozenset(node.op for name in called for node in program.functions[name].nodes)
+
+
+def _no_kernels(machine: Target, ops: Collection[str]) -> list[tuple[str, str]]:
+    """Return that attentions run by their reference, on a GPU that has no kernels of ours."""
+    if machine.kind == "cpu" or machine.kernels or not {"attention", "policy_attention"} & {*ops}:
+        return []
+    why = f"{machine.name} has no attention kernels of ours"
+    return [("every layer", f"attention by its reference: {why}")]
+
+
 def _without_kernel(kernels: LoweredKernels) -> list[tuple[str, str]]:
-    refused = kernels.refused
-    if not kernels.target.kernels and kernels.ops & {"attention", "policy_attention"}:
-        refused = [("every layer", f"{kernels.target.name} has no attention kernels of ours")]
-    attentions = [(where, f"attention by its reference: {why}") for where, why in refused]
+    attentions = [(where, f"attention by its reference: {why}") for where, why in kernels.refused]
+    attentions += _no_kernels(kernels.target, kernels.ops)
     if kernels.both_ways:
         what = "a prompt with pictures, whose tokens see each other both ways, is read by the"
         attentions.append(("attention", f"{what} reference: kernels are causal"))
@@ -140,8 +157,8 @@ class TorchEmitter(Emitter):
     dtype, are not stored twice: `model.safetensors.index.json` then says which file holds which.
 
     Args:
-        in_compute_dtype: For a target with kernels, store weights in the 16 bits that it computes
-            in, rather than as the program holds them.
+        in_compute_dtype: For a GPU, store weights in the 16 bits that the model computes in, rather
+            than as the program holds them.
     """
 
     name: ClassVar[str] = "torch"
@@ -169,12 +186,12 @@ class TorchEmitter(Emitter):
     def fallbacks(self, program: Program, target: str) -> list[tuple[str, str]]:
         kernels = lower_attentions(program, target)
         if kernels is None:
-            return _all_on_host(program)
+            return _left_out(program, target)
         return _without_kernel(kernels)
 
     def stored_dtype(self, program: Program, weight: Weight, target: str) -> torch.dtype:
         machine = get_target(target)
-        if not self.in_compute_dtype or machine.kind == "cpu" or not is_rounded(weight):
+        if not self.in_compute_dtype or in_plain_torch(program, machine) or not is_rounded(weight):
             return weight.dtype
         return DTYPES[compute_dtype(program, machine)]
 
@@ -193,7 +210,7 @@ class TorchEmitter(Emitter):
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []
-        fallbacks = _all_on_host(program)
+        fallbacks = _left_out(program, target)
         if kernels is not None:
             images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images

@@ -1,4 +1,4 @@
-"""A model's attentions on a target with kernels: plans, sources, and what is compiled ahead."""
+"""A model's attentions on a GPU: plans of kernels, sources, and what is compiled ahead."""
 
 from __future__ import annotations
 
@@ -209,6 +209,7 @@ class LoweredKernels:
             "from .dispatch import AttentionDispatcher, AttentionKey, Planned",
             "from .kv_cache import growing_caches, tokens_held",
         ]
+        plans = "\n".join(["[", *rows, "]"]) if self.target.kernels else "None"
         more = "picture_attention = DISPATCHER.picture_attention\n" if self.both_ways else ""
         if self.has_rows:
             imports = [
@@ -253,7 +254,7 @@ class LoweredKernels:
             )
         names = ["Decoder", "growing_caches", "tokens_held", *self.functions()]
         return _INIT.format(
-            title=self.target.title, rows="\n".join(rows), imports="\n".join(imports),
+            title=self.target.title, plans=plans, imports="\n".join(imports),
             made="".join(f"{line}\n" for line in made), more=more,
             arguments=arguments, names=", ".join(f'"{name}"' for name in names),
         )  # fmt: skip
@@ -269,9 +270,7 @@ import torch
 {imports}
 
 HERE = Path(__file__).parent
-PLANS = [
-{rows}
-]
+PLANS = {plans}
 DISPATCHER = AttentionDispatcher({arguments})
 attention, cached_attention = DISPATCHER.attention, DISPATCHER.cached_attention
 attention_results = DISPATCHER.attention_results
@@ -280,8 +279,20 @@ attention_results = DISPATCHER.attention_results
 '''
 
 
+def in_plain_torch(program: Program, machine: Target) -> bool:
+    """Return whether a model is in plain PyTorch, with caches that grow by copying.
+
+    So it is for a CPU; and for a GPU without kernels of ours if it has no 16 bits, or if policies
+    select keys or some lie on the host, which kernels do in caches of fixed room.
+    """
+    if machine.kind == "cpu" or machine.kernels:
+        return machine.kind == "cpu"
+    apart = any(state.policy or state.host for state in program.states.values())
+    return apart or "f16" not in machine.dtypes
+
+
 def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
-    """Return the kernels of a program on a target; None for a CPU.
+    """Return the kernels of a program on a target; None where the model is in plain PyTorch.
 
     A GPU that has none of ours has no plans: its attentions and layers are torch's. Caches have
     fixed room, and a step is recorded, all the same.
@@ -290,7 +301,7 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
         program: As it is emitted: annotated by `plan-kernels`. Any other is planned here.
     """
     machine = get_target(target)
-    if machine.kind == "cpu":
+    if in_plain_torch(program, machine):
         return None
     planned = planned_attentions(program)
     if not planned:

@@ -123,7 +123,7 @@ def _check_layouts(program: Program) -> None:
             raise LoweringError(
                 f"State {state.name!r} is {state.layout}, and model.py in plain PyTorch keeps keys "
                 "contiguous or in a ring.",
-                "Keep this state contiguous, or emit for a target with kernels.",
+                "Keep this state contiguous, or emit for a GPU.",
             )
 
 

@@ -100,7 +100,11 @@ class PlaceKV(Pass):
                 f"{machine.name} is no GPU: all its keys lie in the host's memory.",
                 "Give the target= of a GPU, or leave place-kv out.",
             )
-        decode_figures(machine)
+        if machine.decode is None:
+            raise UsageError(
+                f"{machine.name}.toml has no [decode], by which it is planned where keys lie.",
+                "Leave target= out for the newest GPU that has it, or add the table.",
+            )
         self._host_figures(machine)
 
     def _machine(self) -> Target:

@@ -21,6 +21,7 @@ from graphopt.ir import Program
 from graphopt.ir.attach_policy import with_policies
 from graphopt.ir.kv_policies import POLICIES, KVHeads, policy_from_dict
 from graphopt.ir.kv_policies.attention_cnn import new_weights
+from graphopt.lowering.torch import TorchEmitter
 from graphopt.lowering.torch.lowered_kernels import LoweredKernels, lower_attentions
 from graphopt.lowering.torch.passes import lower, lowering_passes
 
@@ -174,6 +175,20 @@ def test_a_decoder_gives_the_interpreters_tokens(kind, options, target, tmp_path
         ids = logits[:, -1:].argmax(-1)
         grown.append(int(ids))
     assert grown == interpreted(program, prompts[:1], 20)[0]
+
+
+def test_for_a_gpu_without_kernels_of_ours_policies_are_in_plain_torch(tmp_path):
+    program = attached("quest")
+    go.emit(program, tmp_path / "out", target="any-gpu", emit=("torch",))
+    names = {path.name for path in (tmp_path / "out").rglob("*.py")}
+    assert "policy_attention.py" in names and not names & {"kv_selection.py", "decoder.py"}
+    module = load_file(tmp_path / "out" / "model.py")
+    prompts = texts([21])
+    made = module.generate(module.load(tmp_path / "out", device="cpu"), prompts, 8)
+    assert made == interpreted(program, prompts, 8)
+    assert TorchEmitter().fallbacks(program, "any-gpu") == [
+        ("every layer", "attention by its reference: any-gpu has no attention kernels of ours")
+    ]
 
 
 @pytest.mark.parametrize("kind", ["quest", "ema", "predictor"])
@@ -395,5 +410,9 @@ def test_on_a_gpu_keys_in_host_memory_give_the_programs_logits(kind, tmp_path):
         torch.testing.assert_close(made[1][0], first, rtol=0, atol=24 * 2.0**-11)
         for decoder in decoders:
             one_by_one = [decoder.start(prompts), *(decoder.step() for _ in range(count))]
-            assert [decoder.start(prompts), *decoder.steps(count)] == one_by_one
+            # One records its turns with a step on its way.
+            new = module.Decoder(model, 48, 2, offload=decoder.offload is not None)
+            for again in (decoder, new):
+                assert [again.start(prompts), *again.steps(count)] == one_by_one
+            assert len(new.graphs) == new.period
     assert all(len(decoder.graphs) == decoder.period for decoder in decoders)

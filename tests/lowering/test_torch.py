@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -563,6 +563,44 @@ def test_decoder_refusals_and_rows(tmp_path: Path) -> None:
     assert [first, *decoder.steps(2)] == [*tokens[:2], decoder_of_steps(emitted, model, texts)]
     with pytest.raises(ValueError, match="2 tokens behind 5 in a cache of 6: there is no room"):
         next(decoder.steps(2))
+
+
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_a_step_runs_while_the_token_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emitted = write(tiny_program(cache=True), tmp_path, "hopper")
+    model, texts = emitted.load(tmp_path, device="cpu"), [[1, 2, 3], [4]]
+    plain = emitted.Decoder(model, 12, batch=2)
+    wanted = [plain.start(texts), *(plain.step() for _ in range(5))]
+    launched: list[str] = []
+
+    def record(work: Any, device: torch.device, pool: Any) -> tuple[Any, None]:
+        def replay() -> None:
+            launched.append("step")
+            work()
+
+        work()  # as a recording does first; what it changed is put back
+        return SimpleNamespace(replay=replay, pool=lambda: None), None
+
+    event = SimpleNamespace(
+        record=lambda stream: None, synchronize=lambda: launched.append("waited")
+    )
+    empty = torch.empty
+    inside = sys.modules[emitted.Decoder.__mro__[1].__module__]
+    monkeypatch.setattr(inside, "record", record)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: empty(*size, **how))
+    ahead = type("Ahead", (emitted.Decoder,), {"_records": lambda self: True})(model, 12, batch=2)
+    assert [ahead.start(texts), *ahead.steps(5)] == wanted
+    assert launched == ["step", *["step", "waited"] * 4, "waited"]
+    assert ahead.used == 8
+    # Whoever stops early finds the decoder a token further, and can go on from there.
+    assert ahead.start(texts) == wanted[0]
+    assert next(ahead.steps(5)) == wanted[1]
+    assert ahead.used == 5 and ahead.step() == wanted[3]
+    assert ahead.start(texts) == wanted[0] and list(ahead.steps(0)) == []
 
 
 def decoder_of_steps(emitted: ModuleType, model: Any, texts: list[list[int]]) -> Any:
