@@ -384,8 +384,8 @@ def test_a_compiled_step_learns_what_the_step_itself_learns(monkeypatch):
 
     gpu = torch.device("cuda")
     found = []
-    for compile_from in ((math.inf, 10**9), (0.0, 0)):
-        monkeypatch.setattr(tuner, "COMPILE_FROM", compile_from)
+    for least in ((math.inf, 10**9), (0.0, 0)):
+        monkeypatch.setattr(tuner, "compile_from", lambda kinds, least=least: least)
         program = tiny_program(layers=3)
         blocks = find_blocks(program)
         first, last = blocks[0].position, blocks[-1].position + 1

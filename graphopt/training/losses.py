@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from graphopt.errors import PassError
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.training.divergence import divergence
 
 TOKENS_OF_LOGITS = 2048
 """Tokens whose logits are in memory at once."""
@@ -123,8 +123,7 @@ class LogitObjective(Objective):
             logits = self._logits(student, values, part, start, rows)
             with torch.no_grad():
                 teacher = self._logits(student, values, target[start : start + rows], start, rows)
-                compare = _compiled_divergence() if student.compiled else _divergence
-                loss, gradient = compare(logits.detach(), teacher, batch * length)
+                loss, gradient = divergence(logits.detach(), teacher, batch * length)
                 total += loss
             if learn:
                 logits.backward(gradient if share == 1 else gradient.mul_(share))
@@ -149,20 +148,3 @@ class LogitObjective(Objective):
         student.run_range(part, student.stop, len(student.program.calls))
         logits: Tensor = part[student.program.outputs[0]]
         return logits
-
-
-def _divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return KL(teacher || student) of logits [.., V], divided by `count`, and its gradient.
-
-    The gradient is that of the student's logits: the difference of the probabilities.
-    """
-    log_teacher = torch.log_softmax(teacher.float(), -1)
-    log_student = torch.log_softmax(student.float(), -1)
-    p = log_teacher.exp()
-    loss = (p * log_teacher.sub_(log_student)).sum() / count
-    return loss, log_student.exp_().sub_(p).div_(count).to(student.dtype)
-
-
-@functools.cache
-def _compiled_divergence() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    return torch.compile(_divergence, dynamic=False)
