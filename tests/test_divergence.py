@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from compiling import compile_alone
 from torch import Tensor
 
 from graphopt.memory.stand_in import StandIn
@@ -99,3 +100,27 @@ def test_tensors_without_values_have_their_shapes() -> None:
         assert loss.shape == () and loss.dtype == torch.float32
         assert gradient.shape == (2, 8, 70) and gradient.dtype == torch.bfloat16
         assert gradient.device.type == "cuda"
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from graphopt.runtime.kernels.divergence import row_divergence
+from graphopt.training.divergence import BLOCK, WARPS
+
+names = ("student_ptr", "teacher_ptr", "gradient_ptr")
+sizes = ("student_stride", "teacher_stride", "V")
+signature = {**dict.fromkeys(names, "*bf16"), "loss_ptr": "*fp32", **dict.fromkeys(sizes, "i32"),
+             "share": "fp32", "BLOCK": "constexpr"}
+sixteens = {(place,): [["tt.divisibility", 16]] for place in range(7)}
+source = ASTSource(row_divergence, signature, {"BLOCK": BLOCK}, sixteens)
+for arch in (80, 90):
+    made = compile(source, GPUTarget("cuda", arch, 32), {"num_warps": WARPS})
+    # Rows of a multiple of 16 logits are read and written by 16 bytes.
+    assert "ld.global.b16" not in made.asm["ptx"] and "st.global.b16" not in made.asm["ptx"]
+"""
+
+
+@WITH_TRITON
+def test_the_kernel_compiles_and_reads_by_sixteen_bytes() -> None:
+    assert compile_alone(COMPILE) == ""

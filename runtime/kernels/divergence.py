@@ -18,7 +18,7 @@ def _log_sum(top, total):
     return most + tl.log(tl.sum(total * tl.exp(top - most), 0))
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit
 def row_divergence(
     student_ptr,  # [T, V]
     teacher_ptr,  # [T, V]
