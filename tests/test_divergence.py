@@ -66,6 +66,17 @@ def test_tokens_that_are_never_expected_cost_nothing() -> None:
 
 
 @WITH_TRITON
+@pytest.mark.parametrize("broken", [0, 1])
+def test_no_number_stays_none(broken: int) -> None:
+    """A training stops at such a loss."""
+    pair = [logits(2, 100, dtype=torch.float32, seed=n) for n in (1, 2)]
+    pair[broken][0, 3] = torch.nan
+    losses, gradient = launch_divergence(pair[0], pair[1], 1.0)
+    assert losses.isnan().tolist() == [True, False]
+    assert gradient.isnan().any(1).tolist() == [True, False]
+
+
+@WITH_TRITON
 def test_rows_may_lie_apart() -> None:
     student, teacher = logits(4, 300, dtype=torch.float32), logits(300, 4, dtype=torch.float32)
     student, teacher = student[:, 50:150], teacher[50:150].t()

@@ -52,8 +52,8 @@ def row_divergence(
         s = tl.load(student + start + lane, mask=inside, other=0.0).to(tl.float32) - student_lse
         t = tl.load(teacher + start + lane, mask=inside, other=0.0).to(tl.float32) - teacher_lse
         p = tl.exp(t)
-        # What the teacher never gives costs nothing, however unlikely it is.
-        losses += tl.where(inside & (p > 0), p * (t - s), 0.0)
+        # What the teacher never gives costs nothing, however unlikely it is; no number stays none.
+        losses += tl.where(inside & (p != 0), p * (t - s), 0.0)
         gradient = (tl.exp(s) - p) * share
         tl.store(gradient_ptr + row * V + start + lane, gradient, mask=inside)
     tl.store(loss_ptr + row, tl.sum(losses, 0) * share)
