@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -10,6 +12,13 @@ from typing import TypeVar
 import torch
 
 Constants = Mapping[str, int | float | bool]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
 
 LEAST = 16
 """Rows and keys of the smallest tile: a matrix unit multiplies 16 at a time."""

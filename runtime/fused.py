@@ -11,7 +11,6 @@ N features.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import warnings
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir import functional, kv_memory
+from graphopt.runtime.fitting_tiles import has_triton
 
 HALF = (torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
@@ -44,7 +44,7 @@ def _warps(elements: int) -> int:
 @functools.cache
 def _triton_runs() -> bool:
     """Return whether the GPU and what is installed can run the kernels; say why they cannot."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         why = "Triton is not installed (pip install triton)"
     elif torch.cuda.get_device_capability() < OLDEST:
         why = f"Triton does not support {torch.cuda.get_device_name()}"

@@ -12,7 +12,6 @@ Layout letters as in `graphopt.ir.kv_policies.pages`.
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from graphopt.ir.kv_policies.base import KVPolicy, State
 from graphopt.ir.kv_policies.pages import Filled, all_pages
 from graphopt.ir.kv_policies.predictor import AVERAGE_SHARE
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
+from graphopt.runtime.fitting_tiles import has_triton
 
 MOST_PAGES = 65536
 """Pages of a row that one program can hold in registers."""
@@ -131,17 +131,12 @@ def runs_kernels(policy: KVPolicy, state: State, lengths: Filled) -> bool:
     That is on a GPU with Triton, with all pages in memory of fixed room, and not in fp64.
     """
     pages = lengths.pages(policy.budget.page)
-    if not lengths.first_B.is_cuda or pages > MOST_PAGES or not _has_triton():
+    if not lengths.first_B.is_cuda or pages > MOST_PAGES or not has_triton():
         return False
     # By the axis of pages; what has none has no page to lack.
     by_axis = {2: [x for name, x in state.items() if name in _AXIS_2],
                3: [x for name, x in state.items() if name in _AXIS_3]}  # fmt: skip
     return all(_fits(x, pages, axis) for axis, tensors in by_axis.items() for x in tensors)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _fits(x: Tensor, pages: int, axis: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import statistics
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from measure import LLAMA_7B, random_llama
-from turns import ON_GPU, Result, Rows, median
+from turns import ON_GPU, Result, Rows
 
 from graphopt.compiler import emit
 from graphopt.ir import Array, Dequantised, Packed, Program, Weight
@@ -216,9 +217,7 @@ def model_part(rows: Rows, target: str, only: Collection[str] = ()) -> None:
             del one.rates[0], one.times[:1]
         base = decoded["bf16"][0] if "bf16" in decoded else None
         for label, (one, result) in decoded.items():
-            rows.add(
-                f"model {label}", lambda one=one, result=result: _row(one, result, base)
-            )  # fmt: skip
+            rows.add(f"model {label}", lambda one=one, result=result: _row(one, result, base))
 
 
 def _ready(label: str, program: Program, folder: Path, target: str) -> tuple[Decoded, Result]:
@@ -244,17 +243,16 @@ def _row(one: Decoded, result: Result, base: Decoded | None) -> tuple[Result, st
         base: What it is compared with.
     """
     result = {**result, "tokens_per_second": one.rates}
-    shown = f"{median({'': one.rates})['']:.0f} tokens a second"
+    shown = f"{statistics.median(one.rates):.0f} tokens a second"
     if ON_GPU:
         result["gpu_microseconds"] = one.times
-        shown += f", a step {median({'': one.times})['']:.0f} us of the GPU"
+        shown += f", a step {statistics.median(one.times):.0f} us of the GPU"
     if base is not None and base is not one:
-        found = median({"own": one.rates, "base": base.rates})
-        result["times_bf16"] = found["own"] / found["base"]
+        result["times_bf16"] = statistics.median(one.rates) / statistics.median(base.rates)
         shown += f", x{result['times_bf16']:.2f} of bf16"
         if ON_GPU:
-            found = median({"own": one.times, "base": base.times})
-            result["times_bf16_by_gpu"] = found["base"] / found["own"]
+            by_gpu = statistics.median(base.times) / statistics.median(one.times)
+            result["times_bf16_by_gpu"] = by_gpu
             shown += f" (x{result['times_bf16_by_gpu']:.2f} by the GPU's time)"
     if ON_GPU:
         result["kernels_of_a_step"] = one.kernels()

@@ -217,7 +217,7 @@ def _written(
         passage, prompt: Tokens of a passage, and how many of them the text gives.
     """
     begun, n = time.perf_counter(), len(begin)
-    least = min(n + 2 * prompt, passage)  # of a passage that is kept
+    least = n + 2 * prompt  # of a passage that is kept
     deadline = math.inf if seconds is None else begun + seconds
     first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
@@ -325,8 +325,8 @@ class _Writer(ABC):
         parts, logits = [prompts], self.start(prompts, length)
         noise = torch.empty(logits.shape, dtype=torch.float32, device=self.device)
         for count in range(prompts.shape[1] + 1, length + 1):
-            # The largest of logits with Gumbel noise is drawn as softmax says: of a large
-            # vocabulary it takes a third of the memory traffic that softmax and a draw do.
+            # The largest of logits with Gumbel noise is drawn as softmax says, in fewer passes over
+            # the vocabulary than softmax and a draw take.
             noise.exponential_(generator=self.generator).log_()
             torch.sub(logits, noise, out=noise)
             parts.append(noise.argmax(-1, keepdim=True))

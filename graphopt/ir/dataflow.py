@@ -37,6 +37,12 @@ def region(
     return [node for node in function.nodes if node in found]
 
 
+def used_ops(program: Program) -> frozenset[str]:
+    """Return the names of the ops in functions that some call runs."""
+    called = {call.function for call in program.calls}
+    return frozenset(node.op for name in called for node in program.functions[name].nodes)
+
+
 def mask_is_for_attention_alone(program: Program) -> bool:
     """Return whether the padding mask is read by attentions and by nothing else.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from graphopt.runtime.fitting_tiles import has_triton
 
 BLOCK, WARPS = 4096, 8
 """Logits of a row that a program of the kernel has at once, and its warps."""
 TAKEN = {torch.float16, torch.bfloat16, torch.float32}
+"""Types of logits that the kernel reads."""
 
 
 def divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -25,9 +25,11 @@ def divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Te
 
     Returns:
         fp32 [], and [..., V] in the student's dtype.
+
+    Source: Hinton et al., arXiv 1503.02531, section 2, at temperature 1.
     """
     taken = student.is_cuda and {student.dtype, teacher.dtype} <= TAKEN
-    if not (taken and torch.cuda.is_bf16_supported(False) and _has_triton()):
+    if not (taken and torch.cuda.is_bf16_supported(False) and has_triton()):
         return divergence_in_torch(student, teacher, count)
     rows = student.flatten(0, -2), teacher.flatten(0, -2)
     losses, gradient = _row_divergence(*rows, 1 / count)
@@ -76,11 +78,6 @@ def _row_divergence(student: Tensor, teacher: Tensor, share: float) -> tuple[Ten
 @_row_divergence.register_fake
 def _(student: Tensor, teacher: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return _made(student)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _made(student: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 
 from graphopt.errors import LoweringError
 from graphopt.files.safetensors import INDEX_NAME, WEIGHTS_NAME, SafetensorsWriter
+from graphopt.ir.dataflow import used_ops
 from graphopt.ir.dtypes import is_rounded
 from graphopt.ir.graph import Program
 from graphopt.ir.ranks import group_of
@@ -125,17 +126,12 @@ def _all_on_host(program: Program) -> list[tuple[str, str]]:
 
 def _left_out(program: Program, target: str) -> list[tuple[str, str]]:
     """Return what a model leaves out that is in plain PyTorch."""
-    return [*_all_on_host(program), *_no_kernels(get_target(target), _ops(program))]
+    return [*_all_on_host(program), *_no_kernels(get_target(target), used_ops(program))]
 
 
-def _ops(program: Program) -> frozenset[str]:
-    called = {call.function for call in program.calls}
-    return frozenset(node.op for name in called for node in program.functions[name].nodes)
-
-
-def _no_kernels(machine: Target, ops: Collection[str]) -> list[tuple[str, str]]:
+def _no_kernels(machine: Target, ops: frozenset[str]) -> list[tuple[str, str]]:
     """Return that attentions run by their reference, on a GPU that has no kernels of ours."""
-    if machine.kind == "cpu" or machine.kernels or not {"attention", "policy_attention"} & {*ops}:
+    if machine.kind == "cpu" or machine.kernels or not ops & {"attention", "policy_attention"}:
         return []
     why = f"{machine.name} has no attention kernels of ours"
     return [("every layer", f"attention by its reference: {why}")]
@@ -210,8 +206,9 @@ class TorchEmitter(Emitter):
             path.write_text(text, encoding="utf-8", newline="\n")
         files = [root / name for name in sources]
         notes: list[tuple[str, str]] = []
-        fallbacks = _left_out(program, target)
-        if kernels is not None:
+        if kernels is None:
+            fallbacks = _left_out(program, target)
+        else:
             images, fallbacks = self._compile(kernels, root / FOLDER)
             files += images
             notes = kernels.notes + range_report(program, kernels.dtype)

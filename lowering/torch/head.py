@@ -7,6 +7,7 @@ import re
 import textwrap
 
 from graphopt.ir.context import position_table
+from graphopt.ir.dataflow import used_ops
 from graphopt.ir.graph import Program
 from graphopt.ir.ops import is_aten
 from graphopt.ir.ranks import group_of
@@ -59,9 +60,7 @@ _HOST = ("grouped_mm_fallback", "nonzero", "item", "masked_select", "bincount")
 
 def _recordable(program: Program) -> bool:
     """Return whether a step is the same kernels each time, so that a CUDA graph can hold it."""
-    used = {call.function for call in program.calls}
-    ops = {node.op for name in used for node in program.functions[name].nodes}
-    return not any(is_aten(op) and op.split(".")[1] in _HOST for op in ops)
+    return not any(is_aten(op) and op.split(".")[1] in _HOST for op in used_ops(program))
 
 
 def _docstring(program: Program, kernels: LoweredKernels | None) -> str:

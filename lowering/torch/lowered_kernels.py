@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.errors import LoweringError
+from graphopt.ir.dataflow import used_ops
 from graphopt.ir.graph import Program
 from graphopt.lowering.kernels import KernelFamily, LayerKernels, get_family, get_layer_family
 from graphopt.lowering.kernels.family import policy_files, runtime_text
@@ -307,7 +308,6 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
     if not planned:
         program = PlanKernels(target).run(program.copy(), Context()).program
         planned = planned_attentions(program)
-    called = {call.function for call in program.calls}
     sees = Sees.of(program)
     return LoweredKernels(
         machine,
@@ -316,7 +316,7 @@ def lower_attentions(program: Program, target: str) -> LoweredKernels | None:
         list({(plan.spec, plan.kernel): plan for p in planned for plan in p.plans}.values()),
         [(plans.where, reason) for plans in planned for reason in plans.refused],
         [(plans.where, note) for plans in planned for note in plans.notes],
-        frozenset(node.op for name in called for node in program.functions[name].nodes),
+        used_ops(program),
         any(state.host for state in program.states.values()),
         sees is not None and sees.both_ways,
     )

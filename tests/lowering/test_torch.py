@@ -559,8 +559,9 @@ def test_decoder_refusals_and_rows(tmp_path: Path) -> None:
     decoder.step()
     with pytest.raises(ValueError, match="the cache of 6 tokens is full"):
         decoder.step()
-    first = decoder.start(texts)
-    assert [first, *decoder.steps(2)] == [*tokens[:2], decoder_of_steps(emitted, model, texts)]
+    decoder.start(texts)
+    assert next(decoder.steps(2)) == tokens[1]
+    decoder.step()
     with pytest.raises(ValueError, match="2 tokens behind 5 in a cache of 6: there is no room"):
         next(decoder.steps(2))
 
@@ -601,12 +602,6 @@ def test_a_step_runs_while_the_token_before_it_is_read(
     assert next(ahead.steps(5)) == wanted[1]
     assert ahead.used == 5 and ahead.step() == wanted[3]
     assert ahead.start(texts) == wanted[0] and list(ahead.steps(0)) == []
-
-
-def decoder_of_steps(emitted: ModuleType, model: Any, texts: list[list[int]]) -> Any:
-    """Return the third tokens behind texts, by steps that are asked for one by one."""
-    decoder = emitted.Decoder(model, 6, batch=len(texts))
-    return [decoder.start(texts), decoder.step(), decoder.step()][-1]
 
 
 def test_steps_that_the_host_takes_part_in_are_not_recorded() -> None:
