@@ -115,20 +115,26 @@ def _named(name: str, strides: list[int]) -> dict[str, int]:
 
 
 def launch_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, offset: float
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x + y and its root-mean-square norm; without `y`, `x` and its norm.
 
     Args:
         x, y: [..., N] of any strides.
         weight: [N].
+        dtype: Of the norm; by default that of `x`.
     """
     from graphopt.runtime.kernels.block import rms_norm as kernel
 
     width = x.shape[-1]
     tensors, sizes, strides = strides_of_rows(x) if y is None else strides_of_rows(x, y)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = x if y is None else torch.empty_like(out)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    total = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, block = math.prod(sizes), _power(width)
     held = max(1, min(BLOCK // block, _power(rows)))
     kernel[(-(-rows // held),)](

@@ -82,8 +82,8 @@ def calibration_runner(
         sources: Through which weights are read, where other runners read the same.
     """
     return Runner(
-        program, device=device, keep_weights=False, autocast=training_autocast(device),
-        sources=sources,
+        program, device=device, keep_weights=False, mode="fused",
+        autocast=training_autocast(device), sources=sources,
     )  # fmt: skip
 
 
@@ -122,8 +122,9 @@ class BlockRunner(Runner):
         keep_weights: bool = True,
     ) -> None:
         super().__init__(
-            program, device=device, keep_weights=keep_weights, autocast=training_autocast(device)
-        )
+            program, device=device, keep_weights=keep_weights, mode="fused",
+            autocast=training_autocast(device),
+        )  # fmt: skip
         self.first, self.stop = first, stop
         blocks = find_blocks(program)
         self.embedding = blocks[0].position

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import sympy
 from torch import Tensor
 
+from graphopt.execute import fused_norm
 from graphopt.ir.graph import Call, Function, Node, Value, resolve_attrs
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 
-Mode = Literal["torch", "reference"]
+Mode = Literal["torch", "fused", "reference"]
+"""Which implementation of the ops: `fused` is `torch` with kernels of ours for what has many."""
 CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV | PolicyKV]
 """State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens.
 
@@ -21,6 +23,7 @@ Where a policy selects among them, with the policy's state.
 """
 Observer = Callable[[Value, Tensor], None]
 """Is called with a value of a function and its tensor, when the tensor is made."""
+_PRODUCTS = ("linear", "experts")
 
 
 def run_function(
@@ -128,12 +131,20 @@ def _run_nodes(
                 last_use[value] = index
     # Where an operator makes a tensor of none, such as arange.
     device = next((x.device for x in values.values() if isinstance(x, Tensor)), None)
+    products: Set[Value] = frozenset()
+    if mode == "fused" and observe is _ignore:
+        products = _read_by_products(nodes) - outside
     for index, node in enumerate(nodes):
         op, attrs = get_op(node.op), resolve_attrs(node, call)
         if is_aten(node.op):
             attrs = {**concretize(attrs, sizes), "target": node.op, "device": device}
         operands = [None if v is None else values[v] for v in node.inputs]
-        outputs = op.torch(operands, attrs) if mode == "torch" else op.reference(operands, attrs)
+        outputs: Sequence[Tensor]
+        if mode == "fused" and node.op == "rms_norm":
+            for_products = node.output in products
+            outputs = fused_norm.rms_norm(operands, attrs, for_products=for_products)
+        else:
+            outputs = (op.reference if mode == "reference" else op.torch)(operands, attrs)
         for value, tensor in zip(node.outputs, outputs, strict=False):
             values[value] = tensor
             observe(value, tensor)
@@ -141,6 +152,17 @@ def _run_nodes(
         for value in node.inputs:
             if value is not None and last_use[value] == index and value not in outside:
                 values.pop(value, None)
+
+
+def _read_by_products(nodes: Sequence[Node]) -> set[Value]:
+    """Return the values that are what products multiply by weights, and nothing else."""
+    read, otherwise = set(), set()
+    for node in nodes:
+        operands = [value for value in node.inputs if value is not None]
+        first = node.op in _PRODUCTS
+        read.update(operands[:first])
+        otherwise.update(operands[first:])
+    return read - otherwise
 
 
 def _ignore(value: Value, tensor: Tensor) -> None:

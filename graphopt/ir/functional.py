@@ -18,8 +18,10 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in the dtype of `weight` [out, in]; `x` [..., in] may be wider."""
-    return F.linear(x.to(weight.dtype), weight, bias)
+    """x weight^T + bias in the dtype of `weight` [out, in], or autocast's; `x` is [..., in]."""
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return F.linear(x, weight, bias)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -1074,8 +1076,8 @@ def experts(
     """
     hidden = linear(x, up, up_bias)
     hidden = act(hidden) if gate is None else act(linear(x, gate, gate_bias)) * hidden
-    size = up.shape[0] // gates.shape[-1]
-    return linear(hidden * gates.to(hidden.dtype).repeat_interleave(size, -1), down)
+    by_expert = hidden.unflatten(-1, (gates.shape[-1], -1))
+    return linear((by_expert * gates.to(hidden.dtype)[..., None]).flatten(-2), down)
 
 
 def moe(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.runtime.fitting_tiles import has_triton
+from graphopt.execute.fused_norm import takes_kernels
 
 BLOCK, WARPS = 4096, 8
 """Logits of a row that a program of the kernel has at once, and its warps."""
-TAKEN = {torch.float16, torch.bfloat16, torch.float32}
-"""Types of logits that the kernel reads."""
 
 
 def divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -28,8 +26,7 @@ def divergence(student: Tensor, teacher: Tensor, count: int) -> tuple[Tensor, Te
 
     Source: Hinton et al., arXiv 1503.02531, section 2, at temperature 1.
     """
-    taken = student.is_cuda and {student.dtype, teacher.dtype} <= TAKEN
-    if not (taken and torch.cuda.is_bf16_supported(False) and has_triton()):
+    if not takes_kernels(student, teacher):
         return divergence_in_torch(student, teacher, count)
     rows = student.flatten(0, -2), teacher.flatten(0, -2)
     losses, gradient = _row_divergence(*rows, 1 / count)

@@ -1,0 +1,269 @@
+"""RMS norms that are trained through, and their gradients: on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from compiling import compile_alone
+from families import captured
+from programs import tiny_program
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphopt.execute import fused_norm
+from graphopt.execute.block_runner import BlockRunner
+from graphopt.ir import functional
+from graphopt.memory.stand_in import StandIn
+from graphopt.training.memory import training_workload
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter of Triton has no bf16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a CPU's tensors go to the kernels, which are interpreted there."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused_norm, "takes_kernels", lambda *_: True)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def both_ways(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float) -> list[Tensor]:
+    """The norm by the kernels, the gradient of x, and that of the gain."""
+    leaves = [x.detach().requires_grad_()]
+    if weight is not None:
+        leaves.append(weight.detach().requires_grad_())
+    (out,) = fused_norm.rms_norm(leaves, {"eps": EPS, "offset": offset})
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
+def check(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float) -> None:
+    """Both ways are those of fp64, rounded once to the dtype of x behind sums in fp32.
+
+    A sum is off by 2^-24 of its terms' magnitudes for each level: within a program terms are added
+    up in a tree, and over rows one by one.
+    """
+    found = both_ways(x, weight, slope, offset)
+    n, s = x.cpu().double(), slope.cpu().double()
+    gain = torch.ones(()).double() if weight is None else weight.cpu().double() + offset
+    r = (n.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    n, g = n * r, s * gain
+    along = [(g * n).mean(-1, keepdim=True), (g * n).abs().mean(-1, keepdim=True)]
+    kept = x.shape[-1]
+    exact = [n * gain, r * (g - n * along[0]), (s * n).reshape(-1, kept).sum(0)]
+    terms = [
+        exact[0].abs(), r * (g.abs() + n.abs() * along[1]), (s * n).abs().reshape(-1, kept).sum(0),
+    ]  # fmt: skip
+    levels = 16 + x[..., 0].numel()
+    dtypes = [x.dtype, x.dtype, torch.float32]
+    assert len(found) == 2 + (weight is not None)
+    for one, wanted, magnitude, dtype in zip(found, exact, terms, dtypes, strict=False):
+        assert one.dtype == dtype and one.shape == wanted.shape
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        allowed = torch.finfo(dtype).eps * wanted.abs() + smallest + 2.0**-24 * levels * magnitude
+        assert bool(((one.cpu().double() - wanted).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 6, 64, 576, 2500])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_both_ways_are_exact(
+    rows: int, width: int, dtype: torch.dtype, offset: float | None
+) -> None:
+    x, slope = (random(rows, width, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight = None if offset is None else random(width, seed=2)
+    check(x, weight, slope, offset or 0.0)
+
+
+def test_a_program_takes_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are programs for, the last of them in part."""
+    monkeypatch.setattr(fused_norm, "PROGRAMS", 3)
+    monkeypatch.setattr(fused_norm, "ELEMENTS", 128)
+    x, slope, weight = random(45, 64), random(45, 64, seed=1), random(64, seed=2)
+    check(x, weight, slope, 0.0)
+
+
+def test_rows_may_lie_apart() -> None:
+    """Heads of a projection, of which gradients come in another order."""
+    x = random(2, 5, 3, 16).transpose(1, 2)
+    slope, weight = random(2, 3, 16, 5, seed=1).transpose(2, 3), random(16, seed=2)
+    check(x, weight, slope, 1.0)
+
+
+def test_a_gain_that_is_not_trained_has_no_gradient() -> None:
+    x = random(4, 32).requires_grad_()
+    weight = random(32, seed=1)
+    (out,) = fused_norm.rms_norm([x, weight], {"eps": EPS})
+    out.sum().backward()
+    assert x.grad is not None and weight.grad is None
+    parts = fused_norm.launch_gradient(out.detach(), x.detach(), weight, EPS, 0.0, False)[1]
+    assert parts.shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (random(2, 3, 8), random(3, 8, seed=1)),
+        (random(0, 8), random(8, seed=1)),
+    ],
+    ids=["a gain of each row", "nothing"],
+)
+def test_what_kernels_do_not_take_goes_to_torch(x: Tensor, weight: Tensor) -> None:
+    (out,) = fused_norm.rms_norm([x, weight], {"eps": EPS})
+    assert torch.equal(out, functional.rms_norm(x, weight, EPS))
+
+
+def test_training_runs_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is compiled does not: a compiler makes its own of what it can look into."""
+    program = tiny_program()
+    ids = torch.arange(12, device=DEVICE)[None] % 50
+    launched: list[tuple[int, ...]] = []
+    launch = fused_norm.launch_norm
+
+    def counting(x: Tensor, *rest: Any) -> Any:
+        launched.append(tuple(x.shape))
+        return launch(x, *rest)
+
+    monkeypatch.setattr(fused_norm, "launch_norm", counting)
+    runner = BlockRunner(program, 1, len(program.calls) - 1, {}, torch.device(DEVICE))
+    found = runner.logits({"input_ids": ids})
+    norms = sum(
+        node.op == "rms_norm"
+        for call in program.calls
+        for node in program.functions[call.function].nodes
+    )
+    assert len(launched) == norms > 0
+    runner.mode = "torch"
+    torch.testing.assert_close(found, runner.logits({"input_ids": ids}))
+    assert len(launched) == norms
+
+
+@pytest.mark.parametrize(
+    ("family", "rounded", "kept"),
+    [("llama", 9, 0), ("olmo2", 1, 16), ("gemma3_text", 9, 16)],
+)
+def test_what_products_alone_read_is_rounded_for_them(
+    family: str, rounded: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms in front of projections and of the head; those of products have their dtype anyway."""
+    program = captured(family)[1]
+    changes: list[bool] = []
+
+    def plain(x: Tensor, y: None, weight: Tensor | None, eps: float, offset: float, dtype: Any):  # type: ignore[no-untyped-def]
+        changes.append(dtype != x.dtype)
+        return x, functional.rms_norm(x, weight, eps, offset).to(dtype)
+
+    monkeypatch.setattr(fused_norm, "launch_norm", plain)
+    runner = BlockRunner(program, 1, len(program.calls) - 1, {}, torch.device(DEVICE))
+    runner.autocast = torch.bfloat16
+    ids = torch.arange(12, device=DEVICE)[None]
+    found = runner.logits({"input_ids": ids})
+    assert (changes.count(True), changes.count(False)) == (rounded, kept)
+    runner.mode = "torch"
+    # Each product rounds the same numbers by itself then.
+    assert torch.equal(found, runner.logits({"input_ids": ids}))
+
+
+def test_what_is_looked_at_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements are of the numbers that the program has."""
+    program = tiny_program()
+    monkeypatch.setattr(
+        fused_norm, "launch_norm",
+        lambda x, y, w, eps, offset, dtype: (x, functional.rms_norm(x, w, eps, offset).to(dtype)),
+    )  # fmt: skip
+    runner = BlockRunner(program, 1, len(program.calls) - 1, {}, torch.device(DEVICE))
+    runner.autocast = torch.bfloat16
+    call = program.calls[1]
+    function = program.functions[call.function]
+    norm = next(node for node in function.nodes if node.op == "rms_norm").output
+    values = dict(runner.window_inputs(torch.arange(8, device=DEVICE)[None]))
+    runner.run_range(values, 0, 1)
+    args = [values[name] for name in call.args]
+    weights = runner.call_weights(call)
+    seen: dict[Any, Tensor] = {}
+    runner.run_call(call, args, (1, 8), weights, observe=seen.__setitem__)
+    assert seen[norm].dtype == torch.float32
+    (wanted,) = runner.call_values(call, args, (1, 8), weights, [norm])
+    assert wanted.dtype == torch.float32
+
+
+def test_experts_take_what_is_rounded_as_it_is() -> None:
+    """Under autocast; without it operands of other dtypes meet in that of the weights."""
+    x, gates = torch.rand(3, 8), torch.ones(3, 2)
+    up, down = torch.rand(12, 8), torch.rand(8, 12)
+    made: list[torch.dtype] = []
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                made.append(out.dtype)
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Conversions():
+        functional.experts(x.bfloat16(), gates, up, down, act=torch.relu)
+    assert torch.float32 not in made and torch.bfloat16 in made
+    wide = functional.experts(x.bfloat16(), gates, up, down, act=torch.relu)
+    assert wide.dtype == torch.float32
+
+
+def test_tensors_without_values_have_their_shapes_and_gradients() -> None:
+    with StandIn() as stand_in:
+        x = torch.zeros(2, 700, 64, device=stand_in.device, requires_grad=True)
+        weight = torch.zeros(64, device=stand_in.device, requires_grad=True)
+        (out,) = fused_norm.rms_norm([x, weight], {"eps": EPS})
+        out.backward(torch.zeros_like(out))
+        for tensor in (x, weight):
+            assert tensor.grad is not None
+            assert tensor.grad.shape == tensor.shape and tensor.grad.is_cuda
+
+
+def test_a_predicted_step_has_a_kernel_a_norm() -> None:
+    program = tiny_program()
+    with StandIn() as stand_in:
+        work = training_workload(program, stand_in.device, windows=2, seq=16, blocks=2)
+        trace = work.record(1)
+    kernels = {name for name in trace.op_names if "rms_norm" in name}
+    assert kernels == {f"graphopt.rms_norm{way}.default" for way in ("", "_gradient")}
+    assert not [name for name in trace.op_names if "rsqrt" in name]
+
+
+COMPILE = """
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from graphopt.runtime.kernels.norm_gradient import rms_norm_gradient
+
+strides = [f"{name}_stride_{axis}" for name in ("slope", "x") for axis in range(3)]
+for kind in ("fp32", "bf16"):
+    signature = {**dict.fromkeys(("slope_ptr", "x_ptr"), "*" + kind), "weight_ptr": "*fp32",
+                 "out_ptr": "*" + kind, "parts_ptr": "*fp32",
+                 **dict.fromkeys(("rows", "size_1", "size_2", *strides), "i32"),
+                 "eps": "fp32", "offset": "fp32",
+                 **dict.fromkeys(("N", "ROWS", "BLOCK"), "constexpr")}
+    sixteens = {(place,): [["tt.divisibility", 16]] for place in (*range(5), *range(8, 14))}
+    given = {"N": 640, "ROWS": 2, "BLOCK": 1024}
+    source = ASTSource(rms_norm_gradient, signature, given, sixteens)
+    for arch in (80, 90):
+        made = compile(source, GPUTarget("cuda", arch, 32), {"num_warps": 8})
+        ptx = made.asm["ptx"]
+        assert set(re.findall(r"(?:ld|st)[.]global[.a-z0-9]*", ptx)) == {
+            "ld.global.v4.b32", "st.global.v4.b32"
+        }
+"""
+
+
+def test_the_kernel_compiles_and_reads_by_sixteen_bytes() -> None:
+    assert compile_alone(COMPILE) == ""
