@@ -8,7 +8,7 @@ from typing import Any, Literal
 import sympy
 from torch import Tensor
 
-from graphopt.execute import fused_norm
+from graphopt.execute import fused_norm, fused_rope
 from graphopt.ir.graph import Call, Function, Node, Value, resolve_attrs
 from graphopt.ir.kv_memory import PagedKV, PolicyKV
 from graphopt.ir.ops import get_op, is_aten
@@ -143,6 +143,8 @@ def _run_nodes(
         if mode == "fused" and node.op == "rms_norm":
             for_products = node.output in products
             outputs = fused_norm.rms_norm(operands, attrs, for_products=for_products)
+        elif mode == "fused" and node.op == "rope":
+            outputs = fused_rope.rope(operands, attrs)
         else:
             outputs = (op.reference if mode == "reference" else op.torch)(operands, attrs)
         for value, tensor in zip(node.outputs, outputs, strict=False):

@@ -13,32 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.execute.takes_kernels import takes_kernels
 from graphopt.ir import functional
 from graphopt.ir.ops.base import Attrs, Tensors, optional
-from graphopt.memory.stand_in import StandIn
-from graphopt.runtime.fitting_tiles import has_triton
 from graphopt.runtime.fused import launch_norm, strides_of_rows
 
-TAKEN = {torch.float16, torch.bfloat16, torch.float32}
-"""Types that kernels of trainings read."""
 PROGRAMS = 512
 """Programs that share the rows of a gradient at most: each adds up a part of the gain's."""
 ELEMENTS = 2048
 """Elements of x that a program has at once, where rows are not longer."""
 WIDEST = 16384
 """Features of a row that a program has room for."""
-
-
-def takes_kernels(*tensors: Tensor) -> bool:
-    """Return whether kernels of trainings take tensors: with Triton, on a GPU from Ampere on.
-
-    A GPU that others stand for is taken to have Triton, which PyTorch for CUDA brings along.
-    """
-    return (
-        all(x.is_cuda and x.dtype in TAKEN for x in tensors)
-        and torch.cuda.is_bf16_supported(False)
-        and (has_triton() or StandIn.active is not None)
-    )
 
 
 def rms_norm(tensors: Tensors, attrs: Attrs, *, for_products: bool = False) -> tuple[Tensor, ...]:

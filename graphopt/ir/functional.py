@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in the dtype of `weight` [out, in], or autocast's; `x` is [..., in]."""
-    if not torch.is_autocast_enabled(x.device.type):
+    """x weight^T + bias in the dtype of `weight` [out, in]; `x` [..., in] may be wider."""
+    if x.dtype.itemsize > weight.dtype.itemsize:
         x = x.to(weight.dtype)
     return F.linear(x, weight, bias)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.execute.fused_norm import takes_kernels
+from graphopt.execute.takes_kernels import takes_kernels
 
 BLOCK, WARPS = 4096, 8
 """Logits of a row that a program of the kernel has at once, and its warps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.ir import functional
@@ -41,9 +40,7 @@ class Linear(Op):
     def torch(self, tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
         x, weight, bias = tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None
         assert x is not None and weight is not None
-        if x.dtype.itemsize > weight.dtype.itemsize:  # what was computed wider, as in packages
-            x = x.to(weight.dtype)
-        return (F.linear(x, weight, bias),)
+        return (functional.linear(x, weight, bias),)
 
 
 @register

@@ -1,4 +1,4 @@
-"""RMS norms that are trained through, and their gradients: on a GPU, else interpreted."""
+"""Norms and rotations that are trained through, each way: on a GPU, else interpreted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from programs import tiny_program
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphopt.execute import fused_norm
+from graphopt.execute import fused_norm, fused_rope
 from graphopt.execute.block_runner import BlockRunner
 from graphopt.ir import functional
+from graphopt.ir.ops import get_op
 from graphopt.memory.stand_in import StandIn
 from graphopt.training.memory import training_workload
 
@@ -31,7 +32,8 @@ EPS = 1e-6
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a CPU's tensors go to the kernels, which are interpreted there."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(fused_norm, "takes_kernels", lambda *_: True)
+        for module in (fused_norm, fused_rope):
+            monkeypatch.setattr(module, "takes_kernels", lambda *_: True)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -112,6 +114,35 @@ def test_a_gain_that_is_not_trained_has_no_gradient() -> None:
     assert parts.shape == (0, 32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("rotated", [6, 16])
+@pytest.mark.parametrize("tables", [1, 2])
+def test_rotations_are_exact_both_ways(
+    tables: int, rotated: int, heads_first: bool, interleaved: bool, dtype: torch.dtype
+) -> None:
+    """Of heads in part as well, and by tables for each text or for all."""
+    x = random(2, 3, 5, 16, dtype=dtype).transpose(1, 2)  # heads 3, or 5 that lie apart
+    slope = random(2, 5, 16, 3, dtype=dtype, seed=1).transpose(2, 3)
+    angles = random(tables, 3 if heads_first else 5, rotated // 2, seed=2)
+    cos, sin = 1.5 * angles.cos(), 1.5 * angles.sin()
+    attrs = {"interleaved": interleaved, "heads_first": heads_first}
+    leaf = x.detach().requires_grad_()
+    (out,) = fused_rope.rope([leaf, cos, sin], attrs)
+    found = [out.detach(), *torch.autograd.grad(out, leaf, slope)]
+    wide = [t.detach().cpu().double() for t in (x, cos, sin, slope)]
+    wide[0].requires_grad_()
+    (wanted,) = get_op("rope").torch(wide[:3], attrs)
+    exact = [wanted.detach(), *torch.autograd.grad(wanted, wide[0], wide[3])]
+    for one, value in zip(found, exact, strict=True):
+        assert one.dtype == dtype and one.shape == value.shape
+        # Two products and a sum in fp32, of magnitudes below 20, and one rounding.
+        torch.testing.assert_close(
+            one.cpu().double(), value, rtol=torch.finfo(dtype).eps, atol=20 * 3 * 2.0**-24
+        )
+
+
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
@@ -158,6 +189,7 @@ def test_what_products_alone_read_is_rounded_for_them(
     family: str, rounded: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms in front of projections and of the head; those of products have their dtype anyway."""
+    monkeypatch.setattr(fused_rope, "takes_kernels", lambda *_: False)
     program = captured(family)[1]
     changes: list[bool] = []
 
@@ -200,7 +232,7 @@ def test_what_is_looked_at_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_experts_take_what_is_rounded_as_it_is() -> None:
-    """Under autocast; without it operands of other dtypes meet in that of the weights."""
+    """Under autocast, which rounds weights."""
     x, gates = torch.rand(3, 8), torch.ones(3, 2)
     up, down = torch.rand(12, 8), torch.rand(8, 12)
     made: list[torch.dtype] = []
@@ -215,8 +247,6 @@ def test_experts_take_what_is_rounded_as_it_is() -> None:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Conversions():
         functional.experts(x.bfloat16(), gates, up, down, act=torch.relu)
     assert torch.float32 not in made and torch.bfloat16 in made
-    wide = functional.experts(x.bfloat16(), gates, up, down, act=torch.relu)
-    assert wide.dtype == torch.float32
 
 
 def test_tensors_without_values_have_their_shapes_and_gradients() -> None:
@@ -237,6 +267,7 @@ def test_a_predicted_step_has_a_kernel_a_norm() -> None:
         trace = work.record(1)
     kernels = {name for name in trace.op_names if "rms_norm" in name}
     assert kernels == {f"graphopt.rms_norm{way}.default" for way in ("", "_gradient")}
+    assert "graphopt.rope.default" in trace.op_names
     assert not [name for name in trace.op_names if "rsqrt" in name]
 
 
