@@ -32,12 +32,13 @@ BLOCK = 1024
 """Elements a program of four warps is given, where a row or the work does not decide it."""
 
 
-def _power(size: int) -> int:
+def power_of_two(size: int) -> int:
     """Return the least power of two that is not below `size`."""
     return 1 << (size - 1).bit_length()
 
 
-def _warps(elements: int) -> int:
+def warps_for(elements: int) -> int:
+    """Return the warps of a program that has so many elements at once."""
     return min(16, max(1, elements // 256))
 
 
@@ -69,7 +70,8 @@ def overlapping(device: torch.device) -> dict[str, bool]:
 
 @functools.cache
 def _launches_early(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= OVERLAPS
+    # AMD's GPUs have other numbers.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= OVERLAPS
 
 
 def runs_by_kernel(*tensors: Tensor) -> bool:
@@ -107,7 +109,8 @@ def strides_of_rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], list[lis
     return list(tensors), [1] * pad + sizes, [[0] * pad + s for s in strides]
 
 
-def _named(name: str, strides: list[int]) -> dict[str, int]:
+def named_strides(name: str, strides: list[int]) -> dict[str, int]:
+    """Return strides of three axes as arguments of a kernel."""
     return {f"{name}_stride_{axis}": stride for axis, stride in enumerate(strides)}
 
 
@@ -128,6 +131,9 @@ def launch_norm(
         x, y: [..., N] of any strides.
         weight: [N].
         dtype: Of the norm; by default that of `x`.
+
+    Returns:
+        [..., N], the sum in the dtype of `x`.
     """
     from graphopt.runtime.kernels.block import rms_norm as kernel
 
@@ -135,14 +141,14 @@ def launch_norm(
     tensors, sizes, strides = strides_of_rows(x) if y is None else strides_of_rows(x, y)
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     total = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, block = math.prod(sizes), _power(width)
-    held = max(1, min(BLOCK // block, _power(rows)))
+    rows, block = math.prod(sizes), power_of_two(width)
+    held = max(1, min(BLOCK // block, power_of_two(rows)))
     kernel[(-(-rows // held),)](
         tensors[0], None if y is None else tensors[1], weight, None if y is None else total, out,
         rows, sizes[1], sizes[2],
-        **_named("x", strides[0]), **_named("y", strides[-1]),
+        **named_strides("x", strides[0]), **named_strides("y", strides[-1]),
         eps=float(eps), offset=float(offset),
-        N=width, ROWS=held, BLOCK=block, num_warps=_warps(held * block), **overlapping(x.device),
+        N=width, ROWS=held, BLOCK=block, num_warps=warps_for(held * block), **overlapping(x.device),
     )  # fmt: skip
     return total, out
 
@@ -184,8 +190,8 @@ def launch_rope(
     for name, table in (("cos", cos), ("sin", sin)):
         wide = table.expand(batch, count, half)
         names |= {f"{name}_stride_b": wide.stride(0), f"{name}_stride_s": wide.stride(1)}
-    most, block = _power(max(t.shape[1] for t in given)), _power(half)
-    tail = _power(max(width - 2 * half, 1))
+    most, block = power_of_two(max(t.shape[1] for t in given)), power_of_two(half)
+    tail = power_of_two(max(width - 2 * half, 1))
     tensors = (q, k, outs[0], None if k is None else outs[1], cos, sin)
     sizes = (count, heads, given[-1].shape[1])
     options = {"D": width, "HALF": half, "INTERLEAVED": interleaved, **overlapping(q.device)}
@@ -193,14 +199,14 @@ def launch_rope(
     if factors is None:
         kernel[grid](
             *tensors, *sizes, **names, **options,
-            HEADS=most, BLOCK=block, TAIL=tail, num_warps=_warps(most * block),
+            HEADS=most, BLOCK=block, TAIL=tail, num_warps=warps_for(most * block),
         )  # fmt: skip
     else:
         # Matrix units multiply sixteen of a kind.
         most, block, tail = (max(16, size) for size in (most, block, tail))
         rope_and_transform[grid](
             *tensors, *factors, *sizes, **names, **options,
-            HEADS=most, BLOCK=block, TAIL=tail, COLUMNS=max(16, _power(width)),
+            HEADS=most, BLOCK=block, TAIL=tail, COLUMNS=max(16, power_of_two(width)),
             num_warps=4 if width <= 64 else 8,
         )  # fmt: skip
     views = [out.transpose(1, 2) for out in outs]
@@ -214,11 +220,11 @@ def launch_act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     width = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     tensors, sizes, strides = strides_of_rows(gate, up)
-    block = min(BLOCK, _power(width))
+    block = min(BLOCK, power_of_two(width))
     kernel[(math.prod(sizes), -(-width // block))](
         *tensors, out, sizes[1], sizes[2],
-        **_named("gate", strides[0]), **_named("up", strides[1]),
-        N=width, ACT=act, BLOCK=block, num_warps=_warps(block), **overlapping(gate.device),
+        **named_strides("gate", strides[0]), **named_strides("up", strides[1]),
+        N=width, ACT=act, BLOCK=block, num_warps=warps_for(block), **overlapping(gate.device),
     )  # fmt: skip
     return out
 
@@ -255,11 +261,11 @@ def launch_append(
     }
     page = 0 if block_table is None else cache_k.shape[2]
     width = 0 if block_table is None else block_table.shape[1]
-    columns = [_power(tensor.shape[3] * min(bits, 8) // 8) for tensor in (k, v)]
+    columns = [power_of_two(tensor.shape[3] * min(bits, 8) // 8) for tensor in (k, v)]
     arguments |= {
-        "K_DIM": k.shape[3], "V_DIM": v.shape[3], "HEADS": _power(heads), "BLOCK_K": columns[0],
-        "BLOCK_V": columns[1], "RING": ring, "PAGE": page,
-        "num_warps": min(4, _warps(_power(heads) * max(columns))), **overlapping(k.device),
+        "K_DIM": k.shape[3], "V_DIM": v.shape[3], "HEADS": power_of_two(heads),
+        "BLOCK_K": columns[0], "BLOCK_V": columns[1], "RING": ring, "PAGE": page,
+        "num_warps": min(4, warps_for(power_of_two(heads) * max(columns))), **overlapping(k.device),
     }  # fmt: skip
     tensors = (k, v, cache_k, cache_v, seq_lens, new_lens, block_table, total)
     sizes = (

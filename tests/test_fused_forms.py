@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.execute import fused_norm, fused_rope
 from graphopt.execute.block_runner import BlockRunner
+from graphopt.execute.takes_kernels import _launches as decided
+from graphopt.execute.takes_kernels import takes_kernels
 from graphopt.ir import functional
+from graphopt.ir.blocks import find_blocks
 from graphopt.ir.ops import get_op
 from graphopt.memory.stand_in import StandIn
 from graphopt.training.memory import training_workload
+from graphopt.training.parametrisations import FullParametrisation
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -41,25 +46,29 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
 
 
-def both_ways(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float) -> list[Tensor]:
+def both_ways(
+    x: Tensor, weight: Tensor | None, slope: Tensor, offset: float, eps: float
+) -> list[Tensor]:
     """The norm by the kernels, the gradient of x, and that of the gain."""
     leaves = [x.detach().requires_grad_()]
     if weight is not None:
         leaves.append(weight.detach().requires_grad_())
-    (out,) = fused_norm.rms_norm(leaves, {"eps": EPS, "offset": offset})
+    attrs = {"eps": eps, "offset": offset}
+    with torch.autocast(DEVICE, slope.dtype, enabled=slope.dtype != x.dtype):
+        (out,) = fused_norm.rms_norm(leaves, attrs, for_products=True)
     return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
 
 
-def check(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float) -> None:
-    """Both ways are those of fp64, rounded once to the dtype of x behind sums in fp32.
+def check(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float, eps: float = EPS) -> None:
+    """Both ways are those of fp64, rounded once to the dtypes of slope and x behind sums in fp32.
 
     A sum is off by 2^-24 of its terms' magnitudes for each level: within a program terms are added
     up in a tree, and over rows one by one.
     """
-    found = both_ways(x, weight, slope, offset)
+    found = both_ways(x, weight, slope, offset, eps)
     n, s = x.cpu().double(), slope.cpu().double()
     gain = torch.ones(()).double() if weight is None else weight.cpu().double() + offset
-    r = (n.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    r = (n.square().mean(-1, keepdim=True) + eps).rsqrt()
     n, g = n * r, s * gain
     along = [(g * n).mean(-1, keepdim=True), (g * n).abs().mean(-1, keepdim=True)]
     kept = x.shape[-1]
@@ -68,7 +77,7 @@ def check(x: Tensor, weight: Tensor | None, slope: Tensor, offset: float) -> Non
         exact[0].abs(), r * (g.abs() + n.abs() * along[1]), (s * n).abs().reshape(-1, kept).sum(0),
     ]  # fmt: skip
     levels = 16 + x[..., 0].numel()
-    dtypes = [x.dtype, x.dtype, torch.float32]
+    dtypes = [slope.dtype, x.dtype, torch.float32]
     assert len(found) == 2 + (weight is not None)
     for one, wanted, magnitude, dtype in zip(found, exact, terms, dtypes, strict=False):
         assert one.dtype == dtype and one.shape == wanted.shape
@@ -97,6 +106,19 @@ def test_a_program_takes_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     check(x, weight, slope, 0.0)
 
 
+def test_rows_behind_the_last_add_nothing() -> None:
+    """Also without an epsilon, where a row of zeros has no norm."""
+    x, slope, weight = random(45, 64), random(45, 64, seed=1), random(64, seed=2)
+    check(x, weight, slope, 0.0, eps=0.0)
+
+
+def test_what_is_rounded_for_products_has_its_gradient() -> None:
+    """The residual stream is in fp32, and what comes back from products is not."""
+    x, weight = random(20, 48), random(48, seed=2)
+    slope = random(20, 48, seed=1, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+    check(x, weight, slope, 1.0)
+
+
 def test_rows_may_lie_apart() -> None:
     """Heads of a projection, of which gradients come in another order."""
     x = random(2, 5, 3, 16).transpose(1, 2)
@@ -104,14 +126,22 @@ def test_rows_may_lie_apart() -> None:
     check(x, weight, slope, 1.0)
 
 
-def test_a_gain_that_is_not_trained_has_no_gradient() -> None:
-    x = random(4, 32).requires_grad_()
-    weight = random(32, seed=1)
-    (out,) = fused_norm.rms_norm([x, weight], {"eps": EPS})
-    out.sum().backward()
-    assert x.grad is not None and weight.grad is None
-    parts = fused_norm.launch_gradient(out.detach(), x.detach(), weight, EPS, 0.0, False)[1]
-    assert parts.shape == (0, 32)
+def test_a_gain_that_is_not_trained_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    gradient = fused_norm._gradient
+
+    def seen(*arguments: Any) -> Any:
+        out, parts = gradient(*arguments)
+        made.append(tuple(parts.shape))
+        return out, parts
+
+    monkeypatch.setattr(fused_norm, "_gradient", seen)
+    for learns in (False, True):
+        x, weight = random(4, 32).requires_grad_(), random(32, seed=1).requires_grad_(learns)
+        (out,) = fused_norm.rms_norm([x, weight], {"eps": EPS})
+        out.sum().backward()
+        assert x.grad is not None and (weight.grad is not None) == learns
+    assert made == [(0, 32), (1, 32)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +161,9 @@ def test_rotations_are_exact_both_ways(
     leaf = x.detach().requires_grad_()
     (out,) = fused_rope.rope([leaf, cos, sin], attrs)
     found = [out.detach(), *torch.autograd.grad(out, leaf, slope)]
-    wide = [t.detach().cpu().double() for t in (x, cos, sin, slope)]
+    # Tables are rounded to the dtype of x first, as in torch.
+    tables_used = cos.to(dtype), sin.to(dtype)
+    wide = [t.detach().cpu().double() for t in (x, *tables_used, slope)]
     wide[0].requires_grad_()
     (wanted,) = get_op("rope").torch(wide[:3], attrs)
     exact = [wanted.detach(), *torch.autograd.grad(wanted, wide[0], wide[3])]
@@ -169,6 +201,7 @@ def test_training_runs_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(fused_norm, "launch_norm", counting)
     runner = BlockRunner(program, 1, len(program.calls) - 1, {}, torch.device(DEVICE))
+    runner.autocast = None
     found = runner.logits({"input_ids": ids})
     norms = sum(
         node.op == "rms_norm"
@@ -247,6 +280,69 @@ def test_experts_take_what_is_rounded_as_it_is() -> None:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Conversions():
         functional.experts(x.bfloat16(), gates, up, down, act=torch.relu)
     assert torch.float32 not in made and torch.bfloat16 in made
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_blocks_gradients_are_those_of_torch(recomputes: bool) -> None:
+    program = captured("gemma3_text")[1]
+    blocks = find_blocks(program)
+    ids = torch.arange(10, device=DEVICE)[None]
+    gradients: dict[str, Tensor] = {}
+    for mode in ("fused", "torch"):
+        trained = {
+            name: FullParametrisation(program.weights[name].load().float())
+            for call in program.calls[blocks[0].position : blocks[-1].position + 1]
+            for name in call.weights.values()
+            if not program.weights[name].constant
+        }
+        stop = blocks[-1].position + 1
+        runner = BlockRunner(program, blocks[0].position, stop, trained, torch.device(DEVICE))
+        runner.autocast, runner.mode, runner.recomputes = None, mode, recomputes
+        values = runner.window_inputs(ids)
+        runner.run_range(values, 0, stop)
+        values[runner.exit].square().sum().backward()
+        for name, part in runner.parametrisations.items():
+            (parameter,) = part.parameters()
+            assert parameter.grad is not None
+            if mode == "fused":
+                gradients[name] = parameter.grad
+                continue
+            # Sums in fp32 of the same numbers, in another order, through four blocks.
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-4 * scale)
+    assert len(gradients) > 20
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "taken"),
+    [
+        ((8, 0), torch.bfloat16, True),
+        ((7, 0), torch.float16, False),
+        ((9, 0), torch.float64, False),
+    ],
+)
+def test_gpus_and_dtypes_that_kernels_take(
+    capability: tuple[int, int], dtype: torch.dtype, taken: bool
+) -> None:
+    with StandIn(capability) as stand_in:
+        assert takes_kernels(torch.zeros(2, dtype=dtype, device=stand_in.device)) == taken
+
+
+def test_without_a_compiler_trainings_are_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles what launches its kernels, at first use."""
+    from triton import runtime
+
+    class Broken:
+        def get_current_target(self) -> None:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=Broken()))
+    decided.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="launches nothing here .Failed to find C compiler"):
+            assert not decided()
+    finally:
+        decided.cache_clear()
 
 
 def test_tensors_without_values_have_their_shapes_and_gradients() -> None:

@@ -15,7 +15,8 @@ from graphopt.ir.ops import get_op, is_aten
 from graphopt.ir.ops.aten import concretize
 
 Mode = Literal["torch", "fused", "reference"]
-"""Which implementation of the ops: `fused` is `torch` with kernels of ours for what has many."""
+"""Which implementation of the ops: `fused` is `torch`, but that norms and rotary positions are a
+kernel each on a GPU, which round less often."""
 CacheContents = dict[str, tuple[Tensor, Tensor] | PagedKV | PolicyKV]
 """State name -> (keys [B, G, P, D], values [B, G, P, Dv]), of a ring its last tokens.
 

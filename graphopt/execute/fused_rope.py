@@ -19,7 +19,8 @@ from graphopt.runtime.fused import launch_rope
 def rope(tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
     """As the torch form of the op `rope`, which takes what the kernel does not.
 
-    The kernel does not round the tables to the dtype of x.
+    The kernel rounds its results once, where torch rounds products and their sums. A second
+    derivative is refused.
     """
     x, cos, sin = tensors
     assert x is not None and cos is not None and sin is not None
@@ -27,6 +28,7 @@ def rope(tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
     fixed = not (cos.requires_grad or sin.requires_grad)
     if not (takes_kernels(x, cos, sin) and x.numel() > 0 and fixed):
         return (functional.rope(x, cos, sin, interleaved, first),)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned = _rope(x if first else x.transpose(1, 2), cos, sin, interleaved)
     return (turned if first else turned.transpose(1, 2),)
 
@@ -35,7 +37,8 @@ def rope(tensors: Tensors, attrs: Attrs) -> tuple[Tensor, ...]:
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """The rotation of heads [B, H, S, D], an operator of torch with a gradient."""
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    return launch_rope(x, None, cos, sin, interleaved)[0]
+    with torch.cuda.device_of(x):
+        return launch_rope(x, None, cos, sin, interleaved)[0]
 
 
 @_rope.register_fake

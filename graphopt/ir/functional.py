@@ -18,8 +18,9 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in the dtype of `weight` [out, in]; `x` [..., in] may be wider."""
-    if x.dtype.itemsize > weight.dtype.itemsize:
+    """x weight^T + bias in the dtype of `weight` [out, in], or that of autocast; `x` [..., in]."""
+    # Autocast, which rounds both, would round again what is widened here.
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     return F.linear(x, weight, bias)
 

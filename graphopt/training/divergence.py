@@ -56,10 +56,11 @@ def launch_divergence(student: Tensor, teacher: Tensor, share: float) -> tuple[T
 
     student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
     losses, gradient = _made(student)
-    row_divergence[(len(student),)](
-        student, teacher, gradient, losses, student.stride(0), teacher.stride(0),
-        student.shape[1], share, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(student):
+        row_divergence[(len(student),)](
+            student, teacher, gradient, losses, student.stride(0), teacher.stride(0),
+            student.shape[1], share, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return losses, gradient
 
 

@@ -124,7 +124,8 @@ class RecordedStep:
 
     def __init__(self, work: Callable[..., Any], batch: Sequence[Tensor | None]) -> None:
         self._places = [None if value is None else value.clone() for value in batch]
-        self._graph, self._loss = record(lambda: work(*self._places), runs=0)
+        device = next(place.device for place in self._places if place is not None)
+        self._graph, self._loss = record(lambda: work(*self._places), device, runs=0)
 
     def replay(self, batch: Sequence[Tensor | None]) -> Any:
         for place, value in zip(self._places, batch, strict=True):

@@ -59,8 +59,9 @@ WARM_UP = 3
 def compile_from(kinds: int) -> tuple[float, int]:
     """Return the seconds and steps from which a training is worth the time to compile its step.
 
-    A compiled step takes half as long. Measured beside an H200 on a slow host: 11 s for SmolLM2 in
-    a process that had compiled nothing, and 5 s later; 16 s for Gemma 3, which has two kinds.
+    A compiled step took half as long before norms and rotations were kernels of their own without
+    it. Measured beside an H200 on a slow host: 11 s for SmolLM2 in a process that had compiled
+    nothing, and 5 s later; 16 s for Gemma 3, which has two kinds.
 
     Args:
         kinds: Of blocks; those with experts count twice, as they take that long to compile.

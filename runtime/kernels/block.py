@@ -1,6 +1,6 @@
 """Kernels of a decoder layer beside its attention: norm, rotary positions, gate, cache writes.
 
-Each reads and writes 16 bits and computes in fp32. Rows are those along the last axis, which is
+Each computes in fp32 and rounds once, where it writes. Rows are those along the last axis, which is
 contiguous; where they begin is told by three sizes and strides, so that a slice of a packed
 projection or a transposed view is read as it lies.
 """

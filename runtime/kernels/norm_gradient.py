@@ -38,7 +38,8 @@ def rms_norm_gradient(
         slope = tl.load(slope_ptr + start[:, None] + column[None, :], mask=inside, other=0.0)
         x, slope = x.to(tl.float32), slope.to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / N + eps)[:, None]
-        normed, gained = x * scale, slope * gain[None, :]
+        # Without an epsilon rows behind the last have no scale.
+        normed, gained = tl.where(inside, x * scale, 0.0), slope * gain[None, :]
         along = tl.sum(gained * normed, 1)[:, None] / N
         out = (scale * (gained - normed * along)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row[:, None] * N + column[None, :], out, mask=inside)
