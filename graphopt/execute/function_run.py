@@ -25,6 +25,7 @@ Where a policy selects among them, with the policy's state.
 Observer = Callable[[Value, Tensor], None]
 """Is called with a value of a function and its tensor, when the tensor is made."""
 _PRODUCTS = ("linear", "experts")
+"""Ops that multiply their first operand by weights, and do nothing else with it."""
 
 
 def run_function(

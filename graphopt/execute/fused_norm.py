@@ -34,10 +34,13 @@ WIDEST = 8192
 def rms_norm(tensors: Tensors, attrs: Attrs, *, for_products: bool = False) -> tuple[Tensor, ...]:
     """As the torch form of the op `rms_norm`, which takes what the kernels do not.
 
+    A second derivative is refused.
+
     Args:
         for_products: Whether products alone read the norm. Under autocast, which rounds what they
             read each time, it is then rounded once; their gradients are added up rounded, too.
-            A second derivative is refused.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
     x, weight = tensors[0], optional(tensors, 1)
     assert x is not None
