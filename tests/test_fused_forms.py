@@ -189,7 +189,7 @@ def test_what_kernels_do_not_take_goes_to_torch(x: Tensor, weight: Tensor) -> No
 
 
 def test_training_runs_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is compiled does not: a compiler makes its own of what it can look into."""
+    """And not in the mode in which compiled steps are traced: a compiler makes kernels itself."""
     program = tiny_program()
     ids = torch.arange(12, device=DEVICE)[None] % 50
     launched: list[tuple[int, ...]] = []
