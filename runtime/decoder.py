@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graphopt.runtime.kv_cache import fixed_caches
+from graphopt.runtime.kv_cache import RingKVCache, StaticKVCache, fixed_caches
 from graphopt.support.recorded import record
+
+LEAST_ROOM = 128
+"""Tokens of room that a step reads at least, where it is told how many: each is a recording."""
 
 
 class Decoder:
@@ -29,6 +32,8 @@ class Decoder:
         records: Whether a step is the same kernels each time, so that a graph can hold it.
         last_alone: Whether the model can be asked for the logits of one token of each text alone.
         sees: Whether the model takes embeddings of pictures in the place of ids.
+        reads_room: Whether attention reads all the room that it is given, filled or not, as
+            PyTorch's does. It is given what the longest text needs, rounded up.
         logits: [batch, vocab], those of the next token of every text.
 
     Raises:
@@ -39,6 +44,7 @@ class Decoder:
     records: ClassVar[bool] = True
     last_alone: ClassVar[bool] = False
     sees: ClassVar[bool] = False
+    reads_room: ClassVar[bool] = False
 
     def __init__(self, model: Any, capacity: int, batch: int = 1, arena: Any = None) -> None:
         if batch < 1 or capacity < 2:
@@ -64,6 +70,12 @@ class Decoder:
         # A paged cache unpacks to keys and values as well.
         empty = [(k, v) for k, v in model.empty_cache()]
         self.cache: list[Any] = self._caches(empty)
+        # An arena is planned for steps that are all of one size.
+        self.narrows = (
+            self.reads_room
+            and arena is None
+            and all(isinstance(cache, RingKVCache | StaticKVCache) for cache in self.cache)
+        )
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.buffer: Tensor | None = None  # the arena's, where the graphs write
         self.prompts: dict[int, Tensor] = {}  # by length, for the next prompts of that length
@@ -191,15 +203,16 @@ class Decoder:
         }
         given = seen.pop("position_ids", None)
         ids = prompt if given is None else None
+        cache = self._with_room(self.used + longest)
 
         def read(tokens: int) -> tuple[Tensor, Tensor]:
             positions = self._places(torch.arange(longest, device=device))
             positions = positions if given is None else given
             newest = self.new_lens.long() - 1
             if self.last_alone:
-                last = self.model(ids, None, positions, self.cache, newest, **seen)[0][:, 0]
+                last = self.model(ids, None, positions, cache, newest, **seen)[0][:, 0]
             else:
-                logits, _ = self.model(ids, None, positions, self.cache, **seen)
+                logits, _ = self.model(ids, None, positions, cache, **seen)
                 last = logits[torch.arange(self.batch, device=device), newest]
             return last, last.argmax(-1, keepdim=True)
 
@@ -297,7 +310,28 @@ class Decoder:
 
     def _turn(self) -> int:
         """Return the number of the recording that the next step is."""
-        return 0
+        return self._room(self.used)
+
+    def _room(self, tokens: int) -> int:
+        """Return how much room of the cache is given to a step behind which texts have `tokens`.
+
+        That is a power of two or one and a half of one, so that there are few recordings.
+        """
+        if not self.narrows:
+            return self.capacity
+        power = 1 << (tokens - 1).bit_length()
+        room = power if tokens > power * 3 // 4 else power * 3 // 4
+        return min(max(room, LEAST_ROOM), self.capacity)
+
+    def _with_room(self, tokens: int) -> list[Any]:
+        """Return the caches for such a step."""
+        room = self._room(tokens)
+        if room == self.capacity:
+            return self.cache
+        return [
+            cache.narrowed(room) if isinstance(cache, StaticKVCache) else cache
+            for cache in self.cache
+        ]
 
     def _moved(self) -> list[Tensor]:
         """Return what a step writes, but for keys and values behind those that there are."""
@@ -329,7 +363,8 @@ class Decoder:
         return places + self.shift if self.sees else places
 
     def _decode(self, tokens: int) -> tuple[Tensor, Tensor]:
-        logits, _ = self.model(self.token, None, self._places(), self.cache)
+        cache = self._with_room(self.used)
+        logits, _ = self.model(self.token, None, self._places(), cache)
         last = logits[:, -1]
         return last, last.argmax(-1, keepdim=True)
 

@@ -86,6 +86,10 @@ class StaticKVCache(FixedKVCache):
         kv_lens = append(k, v, self.k, self.v, self.seq_lens, bits=self.bits)
         return self._keys(v, self.k, self.v, kv_lens=kv_lens)
 
+    def narrowed(self, room: int) -> StaticKVCache:
+        """Return the cache's first `room` tokens, in the same memory."""
+        return replace(self, k=self.k[:, :, :room], v=self.v[:, :, :room])
+
 
 @dataclass(frozen=True)
 class RingKVCache(FixedKVCache):

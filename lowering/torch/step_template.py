@@ -84,6 +84,7 @@ class Decoder(kernels.Decoder):
     """Greedy decoding in a cache with room for a whole text, or for several at once."""
 
     positions, records, last_alone = POSITIONS, RECORDS, {last_alone}
+    reads_room = not kernels.PLANS
 {sees}
 
 {steps}

@@ -56,7 +56,9 @@ from graphopt.ir import (
 )
 from graphopt.ir.dead_code import remove_dead
 from graphopt.ir.graph import In
+from graphopt.ir.kv import KVLayout
 from graphopt.ir.ops.aten import needs_one_dtype
+from graphopt.ir.relayout import with_layouts
 from graphopt.ir.serialize import program_from_json, program_to_json
 from graphopt.ir.types import P
 from graphopt.ir.verify import verify
@@ -602,6 +604,41 @@ def test_a_step_runs_while_the_token_before_it_is_read(
     assert next(ahead.steps(5)) == wanted[1]
     assert ahead.used == 5 and ahead.step() == wanted[3]
     assert ahead.start(texts) == wanted[0] and list(ahead.steps(0)) == []
+
+
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+@pytest.mark.parametrize("ring", [None, 8])
+def test_steps_whose_attention_reads_all_room_are_given_what_the_texts_need(
+    ring: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tiny_program(layers=2, cache=True, window=ring)
+    if ring is not None:
+        program = with_layouts(program, {next(iter(program.states)): KVLayout("ring", ring)})
+    emitted = write(program, tmp_path, "any-gpu")
+    model, texts = emitted.load(tmp_path, device="cpu"), [[1, 2, 3], [4]]
+    inside = sys.modules[emitted.Decoder.__mro__[1].__module__]
+    monkeypatch.setattr(inside, "LEAST_ROOM", 4)
+    rooms: list[int] = []
+    append = inside.StaticKVCache.append
+
+    def seen(cache: Any, *operands: Any) -> Any:
+        rooms.append(cache.room)
+        return append(cache, *operands)
+
+    monkeypatch.setattr(inside.StaticKVCache, "append", seen)
+    static = sum(kind == "contiguous" for kind, _ in model.kv_layouts)
+    plain = type("Plain", (emitted.Decoder,), {"reads_room": False})(model, 20, batch=2)
+    decoder = emitted.Decoder(model, 20, batch=2)
+    for _ in range(2):  # a decoder starts anew
+        wanted = [plain.start(texts), *plain.steps(8), plain.extend([[5, 6], [7]])]
+        assert set(rooms) == {20}
+        rooms.clear()
+        assert [decoder.start(texts), *decoder.steps(8), decoder.extend([[5, 6], [7]])] == wanted
+        assert rooms[::static] == [4, 4, 6, 6, 8, 8, 12, 12, 12, 16]
+        torch.testing.assert_close(decoder.logits, plain.logits)
+        rooms.clear()
+    wanted, given = list(plain.steps(6)), list(decoder.steps(6))
+    assert given == wanted and rooms[-1] == 20
 
 
 def test_steps_that_the_host_takes_part_in_are_not_recorded() -> None:
