@@ -25,6 +25,7 @@ from graphopt.ir.ops.base import (
     same,
 )
 from graphopt.ir.types import Dim, P, Type, dim
+from graphopt.ir.windowed_attention import attention_in_blocks, runs_in_blocks
 
 QUERY, KEY, VALUE, MASK, BIAS, SLOPES, SINKS, PAST_K, PAST_V, SELECTED = range(10)
 
@@ -241,6 +242,10 @@ class Attention(Op):
         }
         past = None if past_k is None or past_v is None else (past_k, past_v)
         if past is None and not is_general(attrs, tensors):
+            window, others = attrs.get("window"), (*extras, options["chunk"], options["softcap"])
+            alone = attrs["causal"] and all(other is None for other in others)
+            if alone and window is not None and runs_in_blocks(q, k, window):
+                return (attention_in_blocks(q, k, v, window=window, scale=attrs["scale"]),)
             return (functional.attention(q, k, v, *extras, **options),)
         options["ring"] = attrs.get("ring")
         if not is_general(attrs, tensors):
