@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trained import book, trained_program
 
 from graphopt.calibration import text as calibrate
+from graphopt.calibration import writer as writers
 from graphopt.calibration.text import calibration_windows, sample_windows, text_windows
+from graphopt.calibration.writer import EmittedWriter, InterpretedWriter, make_writer
 from graphopt.errors import PassError
 from graphopt.pass_manager.contract import Context
 from graphopt.pass_manager.probe import PROBE_TEXT
@@ -45,7 +49,7 @@ def test_the_text_is_pieces_that_begin_in_the_given_one(model, monkeypatch):
 @pytest.mark.slow
 def test_tokens_come_as_often_as_the_model_says(model):
     cached = InsertKVCache().run(model.copy(), Context()).program
-    writer = calibrate._Interpreted(cached, CPU, torch.float32, 0)
+    writer = InterpretedWriter(cached, CPU, torch.float32, 0)
     prompts = text_windows(model, book()[:400], 16)[:1].expand(4000, 16)
     probabilities = torch.softmax(writer.start(prompts[:1], 17)[0], -1)
     drawn = writer.write(prompts, 17, lambda count: True)[:, 16]
@@ -59,18 +63,36 @@ def test_tokens_come_as_often_as_the_model_says(model):
     )
 
 
-def test_the_emitted_model_writes_what_the_interpreter_writes(model):
+@pytest.mark.filterwarnings("ignore:attention on a CPU")
+def test_the_emitted_model_writes_what_the_interpreter_writes(model, monkeypatch):
+    monkeypatch.setattr(writers, "takes_kernels", lambda *_: True)
     cached = InsertKVCache().run(model.copy(), Context()).program
     prompts = text_windows(model, book()[:400], 16)[:3]
     texts = [
         kind(cached, CPU, torch.float32, 0).write(prompts, 40, lambda count: True)
-        for kind in (calibrate._Interpreted, calibrate._Emitted)
+        for kind in (InterpretedWriter, EmittedWriter, partial(EmittedWriter, with_kernels=True))
     ]
-    assert torch.equal(*texts)
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
     # A second batch, of another size, in the same writer.
-    writer = calibrate._Emitted(cached, CPU, torch.float32, 0)
+    writer = EmittedWriter(cached, CPU, torch.float32, 0)
     writer.write(prompts[:2], 20, lambda count: True)
     assert writer.write(prompts, 40, lambda count: True).shape == (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "with_kernels"), [(None, False), (12.0, False), (29.0, False), (30.0, True)]
+)
+def test_a_model_that_writes_for_long_compiles_kernels_first(
+    seconds, with_kernels, model, monkeypatch
+):
+    def emitted(*_, with_kernels):
+        return SimpleNamespace(decoder=with_kernels)
+
+    monkeypatch.setattr(writers, "EmittedWriter", emitted)
+    monkeypatch.setattr(writers, "InterpretedWriter", lambda *_: SimpleNamespace(decoder=None))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    made = make_writer(model, torch.device("cuda"), 0, seconds)
+    assert made.decoder is with_kernels
 
 
 @pytest.mark.parametrize(
@@ -87,8 +109,8 @@ def test_seconds_end_the_writing_where_it_is(model, seconds, tokens, monkeypatch
 
 
 def test_a_model_whose_logits_are_no_numbers_writes_nothing(model, monkeypatch):
-    step = calibrate._Interpreted.step
-    monkeypatch.setattr(calibrate._Interpreted, "step", lambda *a: step(*a) * float("nan"))
+    step = InterpretedWriter.step
+    monkeypatch.setattr(InterpretedWriter, "step", lambda *a: step(*a) * float("nan"))
     with pytest.raises(PassError, match="logits that are no numbers: it writes no text"):
         written(model, 1, 24)
 

@@ -17,7 +17,12 @@ from graphopt import targets
 from graphopt.cli.commands import app
 from graphopt.errors import UsageError
 from graphopt.execute.interpreter import Runner
-from graphopt.lowering.kernels import get_layer_family, plain_gpu, plan_attention
+from graphopt.lowering.kernels import (
+    get_layer_family,
+    plain_gpu,
+    plan_attention,
+    portable_gpu,
+)
 from graphopt.lowering.kernels.triton import expert_tiles, kernel_constants
 from graphopt.lowering.torch import TorchEmitter
 from graphopt.memory.analysis.link import default_link
@@ -228,6 +233,8 @@ def test_models_that_write_are_emitted_for_a_gpu_that_compiles_nothing():
         without = without.replace('name = "hopper"', f'name = "{isa}"')
         register_target(without.replace('isa = "sm_90"', f'isa = "{isa}"'))
         assert get_target(isa).kernels == () and taken() == (oldest, (), ())
+    # Kernels for Volta and some of Hopper's are compiled when they are emitted.
+    assert portable_gpu().name == "ampere"
     assert get_target("cpu").compute_capability is None
 
 

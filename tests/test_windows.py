@@ -222,15 +222,16 @@ def test_text_of_the_models_own_begins_every_window_and_every_piece(
     model: go.Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from graphopt.calibration import text as calibrate
+    from graphopt.calibration.writer import InterpretedWriter
 
     given: list[Tensor] = []
-    write = calibrate._Interpreted.write
+    write = InterpretedWriter.write
 
     def watched(self: Any, prompts: Tensor, *rest: Any) -> Tensor:
         given.append(prompts)
         return write(self, prompts, *rest)
 
-    monkeypatch.setattr(calibrate._Interpreted, "write", watched)
+    monkeypatch.setattr(InterpretedWriter, "write", watched)
     monkeypatch.setattr(calibrate, "PASSAGE", 24)
     text = text_windows(model, book()[:2000], 64)
     made = sample_windows(model, text, 3, 40, begin=(START,), device=torch.device("cpu"))

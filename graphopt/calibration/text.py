@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from graphopt.backends.code import import_model
-from graphopt.errors import LoweringError, PassError
+from graphopt.calibration.writer import make_writer
+from graphopt.errors import PassError
 from graphopt.evaluate.perplexity import of_mean_loss
-from graphopt.execute.function_run import CacheContents
-from graphopt.execute.interpreter import Runner, resident
+from graphopt.execute.interpreter import Runner
 from graphopt.execute.language_model import ProgramModel, load_tokenizer
 from graphopt.execute.likelihoods import ProgramLikelihoods
-from graphopt.ir.dtypes import holds_aten, scoring_dtype
 from graphopt.ir.graph import Program
-from graphopt.ir.layer_config import decoder_config
-from graphopt.ir.picture_inputs import drop_picture_inputs, take_picture_inputs
 from graphopt.ir.picture_table import TABLE
-from graphopt.pass_manager.contract import Context, make_pass
+from graphopt.pass_manager.contract import Context
 from graphopt.sources.windows import Bos, TokenText
-from graphopt.support.devices import free_bytes
 from graphopt.support.per_device import PerDevice
 from graphopt.support.progress import Progress, silent
 from graphopt.support.ranks import here, sharing
 
 PASSAGE, PROMPT = 512, 16
 """Tokens of a text that a model writes, and how many of them it is given."""
-
-PASSAGES_AT_ONCE = 2048
-"""Passages that are written side by side, at most: small models step through few as slowly."""
-
-QUEUED_TOKENS = 16
-"""Tokens of a passage after which a GPU is waited for: until then, deadlines do not see it."""
 
 PERPLEXITY_WINDOWS = 2
 """Windows, the last ones, on which perplexity is followed; nothing is learnt from them."""
@@ -221,7 +205,7 @@ def _written(
     deadline = math.inf if seconds is None else begun + seconds
     first = torch.tensor(begin, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    writer = _writer(program, device, seed)
+    writer = make_writer(program, device, seed, seconds)
     most = writer.at_once(passage, n + prompt)
     passages: list[Tensor] = []
     done = 0
@@ -246,166 +230,6 @@ def _written(
         done += len(passages[-1])
     progress("writing text", 1000, 1000)
     return torch.cat([text.new_empty(0), *passages])[:wanted]
-
-
-def _writer(program: Program, device: torch.device, seed: int) -> _Writer:
-    tokens = None if program.vision is None else program.vision.tokens
-    if not program.states:
-        if tokens is not None:  # masks of pictures are laid out for texts without a past
-            program = program.copy()
-            drop_picture_inputs(program)
-        result = make_pass("insert-kv-cache", {}).run(program.copy(), Context())
-        if not result.program.states:
-            reason = result.skipped[0].reason if result.skipped else "it has no attention"
-            raise PassError(
-                f"{program.name} cannot write calibration text of its own: {reason}.",
-                "Give a text with --calib, and generated_windows=0 to fuse-blocks.",
-            )
-        program = result.program
-        if tokens is not None:
-            take_picture_inputs(program)
-    dtype = scoring_dtype(program, device)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False) and not holds_aten(program):
-        dtype = torch.bfloat16
-        if tokens is not None:  # the emitted model takes ids alone
-            return _Interpreted(program, device, dtype, seed)
-        with contextlib.suppress(LoweringError):
-            fast = _Emitted(program, device, dtype, seed)
-            if fast.decoder is not None:
-                return fast
-    return _Interpreted(program, device, dtype, seed)
-
-
-class _Writer(ABC):
-    """A model that writes on.
-
-    Attributes:
-        last_alone: Whether it computes the logits of a prompt's last token alone.
-    """
-
-    last_alone = False
-
-    def __init__(
-        self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
-    ) -> None:
-        self.program = resident(program, dtype, device)
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    @abstractmethod
-    def start(self, prompts: Tensor, length: int) -> Tensor:
-        """Begin texts that will have `length` tokens behind prompts [texts, P].
-
-        Returns:
-            The next token's logits, [texts, vocab].
-        """
-
-    @abstractmethod
-    def step(self, tokens: Tensor) -> Tensor:
-        """Go on behind tokens [texts, 1]; return the next one's logits, [texts, vocab]."""
-
-    def at_once(self, length: int, prompt: int) -> int:
-        """Return how many texts to write at a time."""
-        states = self.program.states.values()
-        vocabulary = decoder_config(self.program.config).get("vocab_size", 0)
-        cached = length * sum(state.heads * (state.k_dim + state.v_dim) for state in states)
-        # Logits are there as the model makes them and as a decoder keeps them, and with noise.
-        rows = 1 if self.last_alone else prompt
-        need = (cached + 2 * rows * int(vocabulary)) * self.dtype.itemsize + 4 * int(vocabulary)
-        return min(PASSAGES_AT_ONCE, max(1, free_bytes(self.device) // 3 // need))
-
-    @torch.inference_mode()
-    def write(self, prompts: Tensor, length: int, go_on: Callable[[int], bool]) -> Tensor:
-        """Return int64 [texts, length] on the CPU, behind prompts [texts, P].
-
-        Args:
-            go_on: Called with the length of the texts so far; False ends them there.
-        """
-        prompts = prompts.to(self.device)
-        parts, logits = [prompts], self.start(prompts, length)
-        noise = torch.empty(logits.shape, dtype=torch.float32, device=self.device)
-        for count in range(prompts.shape[1] + 1, length + 1):
-            # The largest of logits with Gumbel noise is drawn as softmax says, in fewer passes over
-            # the vocabulary than softmax and a draw take.
-            noise.exponential_(generator=self.generator).log_()
-            torch.sub(logits, noise, out=noise)
-            parts.append(noise.argmax(-1, keepdim=True))
-            if self.device.type == "cuda" and count % QUEUED_TOKENS == 0:
-                torch.cuda.synchronize(self.device)
-            if not go_on(count) or count == length:
-                break
-            logits = self.step(parts[-1])
-        if bool(noise.amax().isnan()):
-            raise PassError(
-                f"{self.program.name} gives logits that are no numbers: it writes no text.",
-                "Give a text with --calib, and generated_windows=0 to what trains.",
-            )
-        return torch.cat(parts, 1).cpu()
-
-
-class _Interpreted(_Writer):
-    """Runs the program op by op, anywhere."""
-
-    def __init__(
-        self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
-    ) -> None:
-        super().__init__(program, device, dtype, seed)
-        self.runner = Runner(self.program, dtype, device)
-        self.cache: CacheContents = {}
-        self.ids = torch.empty(0, 0, dtype=torch.long, device=device)
-
-    def start(self, prompts: Tensor, length: int) -> Tensor:
-        self.cache, self.ids = self.runner.empty_cache(len(prompts)), prompts[:, :0]
-        return self.step(prompts)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        past, self.ids = self.ids.shape[1], torch.cat([self.ids, tokens], 1)
-        values = self.runner.window_inputs(self.ids, past)
-        logits: Tensor | None = None
-        for _, (environment,) in self.runner.stream([values], [self.cache]):
-            logits = environment.get(self.program.outputs[0])
-        assert logits is not None
-        return logits[:, -1]
-
-
-class _Emitted(_Writer):
-    """Runs the emitted model, whose recorded step has no launches to wait for.
-
-    Without kernels of ours, which would be compiled for longer than most trainings let it write.
-    """
-
-    def __init__(
-        self, program: Program, device: torch.device, dtype: torch.dtype, seed: int
-    ) -> None:
-        from graphopt.lowering.kernels import plain_gpu
-        from graphopt.lowering.torch import TorchEmitter
-
-        super().__init__(program, device, dtype, seed)
-        self.folder = tempfile.TemporaryDirectory(prefix="graphopt-")  # kernels are read from it
-        root = Path(self.folder.name)
-        given = self.program.copy()
-        given.checkpoint_dtype = dtype  # which is what kernels are planned for
-        given.tokenizer = None  # it writes ids
-        TorchEmitter().emit(given, root, plain_gpu("bf16").name, silent)
-        module = import_model(root / "model.py")
-        self.decoder = getattr(module, "Decoder", None)
-        self.last_alone = getattr(self.decoder, "last_alone", False)
-        self.model = module.load(root, dtype=dtype, device=device)
-        self.state: Any = None
-
-    def start(self, prompts: Tensor, length: int) -> Tensor:
-        assert self.decoder is not None
-        if self.state is None or self.state.batch != len(prompts):
-            self.state = None  # gives its memory back before the next one takes some
-            self.state = self.decoder(self.model, length, len(prompts))
-        self.state.start(prompts.tolist())
-        logits: Tensor = self.state.logits
-        return logits
-
-    def step(self, tokens: Tensor) -> Tensor:
-        self.state.launch(tokens)
-        logits: Tensor = self.state.logits
-        return logits
 
 
 def held_out_perplexity(

@@ -15,7 +15,7 @@ from graphopt.lowering.kernels.family import (
     register_family,
     register_layer_family,
 )
-from graphopt.lowering.kernels.planning import plain_gpu, plan_attention
+from graphopt.lowering.kernels.planning import plain_gpu, plan_attention, portable_gpu
 
 __all__ = [
     "CudaFamily",
@@ -30,6 +30,7 @@ __all__ = [
     "hopper_cuda",
     "plain_gpu",
     "plan_attention",
+    "portable_gpu",
     "register_family",
     "register_layer_family",
     "triton",

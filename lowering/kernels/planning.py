@@ -67,3 +67,17 @@ def plain_gpu(dtype: str) -> Target:
         ),
         key=lambda target: target.compute_capability or (0, 0),
     )
+
+
+def portable_gpu() -> Target:
+    """Return the oldest GPU whose kernels are compiled where they run: newer ones take them too."""
+    return min(
+        (
+            target
+            for target in all_targets().values()
+            if target.kind == "gpu"
+            and target.kernels
+            and not any(get_family(name).ahead for name in target.kernels)
+        ),
+        key=lambda target: (target.compute_capability or (0, 0), target.name),
+    )
