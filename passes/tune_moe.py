@@ -83,14 +83,15 @@ class TuneMoe(TrainingOptions, Pass):
     """Train a carved model on the dense model's next-token distributions.
 
     All weights of the blocks are trained: of experts, of what is shared, of attention and of the
-    router. A choice of experts has no gradient, so the router learns by that of a soft choice in
-    its place (`graphopt.ir.ops.experts.TopKGating`); with `surrogate=false` it learns by its gates
-    alone. With `gate` a chosen expert's gate is 1 and its probability times a scale that is
-    trained from 0. `balance` is how far a bias of every expert's probability moves in a step
-    towards equal loads; it takes part in choices alone, and 0 leaves it out. Both are CMoE's
-    (arXiv 2502.04416, section 4.4). Thresholds always have such a bias, which follows the threshold
-    that gives as many experts as they are to have on average; at the end they are set anew on
-    windows that were not learnt from.
+    router. With `gate` a chosen expert's gate is 1 and its probability times a scale that is
+    trained from 0 (CMoE, arXiv 2502.04416, section 4.4): by it the router learns, since a choice
+    of experts has no gradient. With `surrogate` the router also has that of a soft choice in its
+    place (`graphopt.ir.ops.experts.TopKGating`), which led routers astray that `carve-moe` had
+    fitted. `balance` is how far a bias of every expert's probability moves in a step towards equal
+    loads; it takes part in choices alone. CMoE has 1e-3; equal loads cost quality, so that none is
+    the default. Thresholds always have such a bias, which follows the threshold that gives as many
+    experts as they are to have on average; at the end they are set anew on windows that were not
+    learnt from.
 
     Training lasts `seconds` or `steps`, whichever is given (150 seconds if neither). A step
     takes `batch` windows of `seqlen` tokens; by default 4 of 2048 on a GPU and 2 of 256 on a
@@ -102,7 +103,7 @@ class TuneMoe(TrainingOptions, Pass):
     2. The calibration text has a window for training and one for checks.
 
     Options:
-        surrogate: Whether the router learns by a soft choice in place of its hard one.
+        surrogate: Whether the router learns by the gradient of a soft choice, too.
         gate: Whether the scale is trained, from 0, by which a chosen expert's probability is added
             to its gate of 1.
         balance: How far a step moves each expert's bias towards equal loads; 0 for no such bias.
@@ -114,9 +115,9 @@ class TuneMoe(TrainingOptions, Pass):
     reads_weights: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("carve-moe",)
 
-    surrogate: bool = True
+    surrogate: bool = False
     gate: bool = True
-    balance: Annotated[float, Field(ge=0)] = 1e-3
+    balance: Annotated[float, Field(ge=0)] = 0.0
 
     def milder(self, recipe: Sequence[str]) -> str:
         return "train for longer (tune-moe{seconds=}) and on text of your own (--calib)"

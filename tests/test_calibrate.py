@@ -80,7 +80,7 @@ def test_the_emitted_model_writes_what_the_interpreter_writes(model, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("seconds", "with_kernels"), [(None, False), (12.0, False), (29.0, False), (30.0, True)]
+    ("seconds", "with_kernels"), [(None, False), (12.0, False), (15.0, False), (16.0, True)]
 )
 def test_a_model_that_writes_for_long_compiles_kernels_first(
     seconds, with_kernels, model, monkeypatch

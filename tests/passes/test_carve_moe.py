@@ -448,7 +448,8 @@ def test_the_emitted_forms_give_what_the_program_gives(carve, tmp_path, mode):
 def test_tuning_lowers_perplexity_and_moves_experts_and_router(dense, carve, text):
     recipe = (
         f"carve-moe{{shared=1,active=1,experts=8,seqlen={LENGTH},windows={WINDOWS}}},"
-        f"tune-moe{{steps=80,batch=8,seqlen={LENGTH},rate=0.006}}"
+        f"tune-moe{{steps=80,batch=8,seqlen={LENGTH},rate=0.006,"
+        "surrogate=true,balance=0.001}"
     )
     program, report = go.Pipeline.parse(recipe).run(dense, go.RunOptions(calib=text))
     json.dumps(report.to_json(), allow_nan=False)
