@@ -153,7 +153,7 @@ class AttachKVPolicy(Pass):
 
     kind: Literal[
         "dense", "sink-local", "last-row", "ema", "quest", "page-range", "snapkv",
-        "expected-attention", "predictor", "oracle", "oracle-top-p",
+        "key-codes", "expected-attention", "predictor", "oracle", "oracle-top-p",
     ] = "page-range"  # fmt: skip
     budget: Annotated[int, Field(ge=1)] = 1024
     page: Annotated[int, Field(ge=1)] = 16

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.kv_policies.base import KVPolicy, State
+from graphopt.ir.kv_policies.key_codes import STEP_OF_BITS
 from graphopt.ir.kv_policies.pages import Filled, all_pages
 from graphopt.ir.kv_policies.predictor import AVERAGE_SHARE
 from graphopt.ir.kv_policies.probabilities import Scoring, page_probabilities
@@ -34,6 +35,9 @@ THREAD_PAGES = 16
 BOUND_BYTES = 16384
 """What a program of four warps reads of the least and of the largest features."""
 
+CODED_TOKENS = 128
+"""Tokens whose codes a program of four warps reads."""
+
 EARLY_START = True
 """Whether kernels start early on a GPU that can: `tools/bench_kv_kernels.py` compares both."""
 
@@ -44,11 +48,11 @@ SCORES = {**dict.fromkeys(AVERAGES, "probability"), "snapkv": "votes", "predicto
 BOUNDED = ("quest", "page-range")
 """Policies that remember the range of the keys of each page."""
 
-SELECTED_BY_KERNELS = ("sink-local", *BOUNDED, *SCORES)
-_AXIS_2 = ("least", "largest", *SCORES.values())
+SELECTED_BY_KERNELS = ("sink-local", *BOUNDED, "key-codes", *SCORES)
+_AXIS_2 = ("least", "largest", "codes", *SCORES.values())
 _AXIS_3 = ("history", "observed", "running_sum")
 
-CALIBRATED_BY_KERNELS = (*BOUNDED, *AVERAGES)
+CALIBRATED_BY_KERNELS = (*BOUNDED, "key-codes", *AVERAGES)
 OBSERVED_BY_KERNELS = (*CALIBRATED_BY_KERNELS, "predictor")
 """Policies of which `select`, `calibrate` and `observe` are kernels."""
 
@@ -133,6 +137,8 @@ def runs_kernels(policy: KVPolicy, state: State, lengths: Filled) -> bool:
     pages = lengths.pages(policy.budget.page)
     if not lengths.first_B.is_cuda or pages > MOST_PAGES or not has_triton():
         return False
+    if any(x.dtype == torch.float64 for x in state.values()):
+        return False
     # By the axis of pages; what has none has no page to lack.
     by_axis = {2: [x for name, x in state.items() if name in _AXIS_2],
                3: [x for name, x in state.items() if name in _AXIS_3]}  # fmt: skip
@@ -141,7 +147,7 @@ def runs_kernels(policy: KVPolicy, state: State, lengths: Filled) -> bool:
 
 def _fits(x: Tensor, pages: int, axis: int) -> bool:
     """Return whether kernels read a tensor of a state, with its pages along an axis."""
-    return x.dtype != torch.float64 and x.shape[axis] >= pages and x.stride(-1) == 1
+    return x.shape[axis] >= pages and x.stride(-1) == 1
 
 
 def select_by_kernels(
@@ -155,6 +161,9 @@ def select_by_kernels(
         mixed = (policy.lower, scoring) if policy.kind == "page-range" else None  # type: ignore[attr-defined]
         bounds = state["least"], state["largest"]
         scores = bound_scores(q_BH1D, *bounds, lengths, policy.budget.page, mixed)
+    elif policy.kind == "key-codes":
+        assert q_BH1D is not None
+        scores = code_scores(q_BH1D, state, lengths, policy.budget.page, scoring)
     elif policy.kind in SCORES:
         scores = state[SCORES[policy.kind]]
     return select_pages(scores, policy, lengths, kept_from)
@@ -177,6 +186,8 @@ def observe_by_kernels(
         observe_prediction(policy, state, selected_BGM, page_max_BH1M, lse_BH1, lengths)
     elif policy.kind in BOUNDED:
         extend_bounds(state, k_new_BG1D, lengths, policy.budget.page)
+    elif policy.kind == "key-codes":
+        extend_codes(state, k_new_BG1D, lengths, policy.budget.page)
 
 
 def select_pages(
@@ -263,6 +274,48 @@ def extend_bounds(state: State, k_new_BG1D: Tensor, lengths: Filled, page: int) 
         *k.stride()[:2], *least.stride()[:3], *largest.stride()[:3], groups,
         PAGE=page, HEAD_DIM=width, D0=_power_above(width), num_warps=1, **_early(k.device),
     )  # fmt: skip
+
+
+def code_scores(
+    q_BH1D: Tensor, state: State, lengths: Filled, page: int, scoring: Scoring
+) -> Tensor:
+    """Return each query head's log-sum-exp of the scores by codes, fp32 [B, G, H / G, N]."""
+    from graphopt.runtime.kernels.key_codes import code_scores as kernel
+
+    q, codes = _rows(q_BH1D), state["codes"]
+    batch, groups = codes.shape[:2]
+    pages, heads, width = lengths.pages(page), q.shape[1] // groups, state["scale"].shape[2]
+    found = torch.empty(batch, groups, heads, pages, dtype=torch.float32, device=q.device)
+    slots = _power_above(page)
+    block = max(1, CODED_TOKENS // slots)
+    kernel[(batch * groups, -(-pages // block))](
+        q, codes, *(state[name] for name in ("order", "centre", "scale")),
+        lengths.first_B, lengths.last_B, found, scoring.scale,
+        *q.stride()[:2], *codes.stride()[:3], groups, pages,
+        PAGE=page, SLOTS=slots, BLOCK=block, HEAD_DIM=q.shape[3], D0=_power_above(q.shape[3]),
+        C=width // 8, C0=max(16, _power_above(width // 8)), **_code_steps(), GROUP=heads,
+        HEADS=max(16, _power_above(heads)), SOFTCAP=scoring.softcap or 0.0,
+        num_warps=4, **_early(q.device),
+    )  # fmt: skip
+    return found
+
+
+def extend_codes(state: State, k_new_BG1D: Tensor, lengths: Filled, page: int) -> None:
+    """Write the code of a new key, in place."""
+    from graphopt.runtime.kernels.key_codes import extend_codes as kernel
+
+    k, codes, width = _rows(k_new_BG1D), state["codes"], state["scale"].shape[2]
+    batch, groups = codes.shape[:2]
+    kernel[(batch * groups,)](
+        k, codes, *(state[name] for name in ("order", "centre", "scale")), lengths.last_B,
+        *k.stride()[:2], *codes.stride()[:3], groups,
+        PAGE=page, HEAD_DIM=k.shape[3], C=width // 8, C0=_power_above(width // 8),
+        **_code_steps(), num_warps=1, **_early(k.device),
+    )  # fmt: skip
+
+
+def _code_steps() -> dict[str, float]:
+    return {f"STEP{bits}": step for bits, step in STEP_OF_BITS.items()}
 
 
 def observe_average(

@@ -40,8 +40,8 @@ def checkpoint(demo: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "fields"),
     [
         ("sink-local", {}), ("quest", {}), ("page-range", {}), ("last-row", {"calibrate_every": 5}),
-        ("ema", {"calibrate_every": 5}), ("snapkv", {}), ("expected-attention", {}),
-        ("predictor", {}),
+        ("ema", {"calibrate_every": 5}), ("key-codes", {}), ("snapkv", {}),
+        ("expected-attention", {}), ("predictor", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graphopt.ir.kv_policies import (
     POLICIES,
     Filled,
+    KeyCodes,
     KVHeads,
     KVPolicy,
     PageBudget,
@@ -314,13 +315,9 @@ class PolicyStep:
     def _share_missed(self, selected: Tensor) -> float:
         """Return how much less the pages hold than the best by the estimated shares, at most."""
         policy = self.policy
-        assert isinstance(policy, PageRange)
-        least, largest = (self.state[name].double() for name in ("least", "largest"))
-        q = self.q[:, :, 0].double().unflatten(1, (GROUPS, -1)) * SCORING.scale
-        positive, negative = q.clamp(min=0), q.clamp(max=0)
-        estimate = positive.lerp(negative, policy.lower) @ largest.mT
-        estimate = estimate + negative.lerp(positive, policy.lower) @ least.mT
-        shares = estimate.softmax(-1).mean(2)
+        assert isinstance(policy, PageRange | KeyCodes)
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in self.state.items()}
+        shares = policy.shares(wide, self.q.double(), self.lengths, SCORING)
         best = select_pages(shares, policy.budget, self.lengths)
         return float((shares.gather(-1, best).sum(-1) - shares.gather(-1, selected).sum(-1)).max())
 
@@ -338,8 +335,8 @@ class PolicyStep:
             rounding = WIDTH * torch.finfo(torch.float32).eps * float(sizes.amax())
             off["bound"] = float((bound.double() - exact.amax(2)).abs().max()) / rounding
             expected = select_pages(bound, self.policy.budget, self.lengths)
-        elif self.policy.kind == "page-range":
-            # Estimates are sums of 16-bit products: of pages of nearly one share either is right.
+        elif self.policy.kind in ("page-range", "key-codes"):
+            # Sums of rounded products: of pages of nearly one share either is right.
             off["share"] = self._share_missed(selected) / 1e-3
             expected = selected
         else:

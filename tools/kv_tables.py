@@ -10,6 +10,9 @@ from results import markdown_table, measured_on, result_of
 DEFAULT_PAGE = 16
 """Tokens of a page where a policy names none, as for `graphopt eval --kv-policy`."""
 
+CODED_TOKENS = 16
+"""Tokens whose codes are as many bytes as one key and one value of 16 bits."""
+
 
 def kv() -> str:
     """What every KV policy does to a model on long texts."""
@@ -56,9 +59,11 @@ def _part(name: str, part: dict[str, Any]) -> str:
 def _state_read(run: dict[str, Any], tokens: int) -> str:
     """Return what selecting reads of a policy's state, as so many tokens' keys and values.
 
-    Of each page the ends of its keys' range are as much as one key and one value; other policies
-    read a number or none.
+    Of each page the ends of its keys' range are as much as one key and one value, and so are codes
+    of 16 tokens beside keys of 16 bits; other policies read a number or none.
     """
+    if run["kind"] == "key-codes":
+        return f"{-(-tokens // CODED_TOKENS):,}"
     if run["kind"] not in ("quest", "page-range"):
         return "-"
     given = re.search(r"page=(\d+)", run["policy"])

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+NUMPY_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
 
 _SIZES = re.compile(r"(room_multiple|pages)_of_([1-9]\d{0,6})")
 

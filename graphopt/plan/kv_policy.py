@@ -27,12 +27,16 @@ from graphopt.targets import DecodeFigures, Target
 
 KERNELS = {
     "dense": 0, "sink-local": 1, "snapkv": 1, "last-row": 2, "ema": 2, "quest": 3,
-    "page-range": 3, "predictor": 5,
+    "page-range": 3, "key-codes": 3, "predictor": 5,
 }  # fmt: skip
 """Kernels of `select` and `observe` of the policies that have them; others run in torch."""
 
 TORCH_OPS = 40
 """Ops of `select` and `observe` in torch, each of which launches a kernel."""
+
+PASSES = 10
+"""How often torch reads or writes what `select` makes of tokens: codes of 32,768 take it 23 ms on a
+CPU core, ten times as long as the bandwidth in the target's file allows for one pass."""
 
 PREDICTED_ROWS = 6
 """Rows that a step of a predictor's convolutions computes: the new one, and two at each edge."""
@@ -180,6 +184,7 @@ def _selection(policy: KVPolicy, heads: KVHeads, pages: int, target: Target, bat
     if not by_kernels:
         # Each op reads and writes scores of all pages.
         state += TORCH_OPS * batch * heads.key_heads * pages * 4
+        state += PASSES * batch * heads.key_heads * pages * policy.numbers_of_page(heads) * 4
     return launches * figures.launch + state / figures.bandwidth + operations / figures.flops
 
 

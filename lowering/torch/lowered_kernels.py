@@ -147,7 +147,7 @@ class LoweredKernels:
             compiled += group.sources
         if self.has_policies:
             modules += _POLICY_MODULES
-            kernels += ("kv_selection", "kv_fetch")
+            kernels += ("kv_selection", "key_codes", "kv_fetch")
         modules += _HOST_MODULES if self.has_hosts else ()
         texts = {f"{name}.py": runtime_text(f"{name}.py") for name in modules}
         if self.has_hosts:

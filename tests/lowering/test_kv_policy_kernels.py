@@ -19,6 +19,7 @@ from torch import Tensor
 from graphopt.ir.kv_policies import (
     Ema,
     Filled,
+    KeyCodes,
     KVHeads,
     KVPolicy,
     LastRow,
@@ -95,12 +96,14 @@ POLICIES = [
     Ema(PageBudget(4, 7, 1, 2), calibrate_every=4),
     Quest(PageBudget(4, 7, 1, 2)),
     PageRange(PageBudget(4, 7, 1, 2), reach=0.3),
+    KeyCodes(PageBudget(4, 7, 1, 2), queries=8),
+    KeyCodes(PageBudget(3, 9, 1, 2), queries=8),
 ]
 
 
 def axis_of_pages(name: str, x: Tensor) -> int | None:
     """Where a tensor of a state has its pages."""
-    if x.dim() < 3:
+    if x.dim() < 3 or name in ("order", "centre", "scale"):
         return None
     return 3 if name in ("history", "observed", "running_sum") else 2
 
@@ -260,6 +263,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from graphopt.runtime.kernels import key_codes
 from graphopt.runtime.kernels import kv_fetch as offload
 from graphopt.runtime.kernels import kv_selection as kernels
 
@@ -291,6 +295,13 @@ for kind, block in (("*bf16", 32), ("*fp32", 16)):
         compiled(kernels.bound_scores, {**sizes, **own, "GROUP": 4, "HEADS": 16, "BLOCK": block},
                  out_ptr="*fp32", least_ptr=kind, largest_ptr=kind, scale="fp32")
 compiled(kernels.extend_bounds, {**sizes, "PAGE": 16}, 1)
+codes = {"codes_ptr": "*u8", "centre_ptr": "*fp32", "scale_ptr": "*fp32", "scale": "fp32"}
+coded = {"HEAD_DIM": 128, "C": 16, "C0": 16, "STEP4": 0.3352, "STEP2": 0.9957, **early}
+for page, cap in ((4, 0.0), (16, 30.0)):
+    block = {"PAGE": page, "SLOTS": page, "BLOCK": 128 // page, "D0": 128, "SOFTCAP": cap}
+    compiled(key_codes.code_scores, {**coded, **block, "GROUP": 4, "HEADS": 16}, out_ptr="*fp32",
+             **codes)
+compiled(key_codes.extend_codes, {**coded, "PAGE": 4}, 1, **codes)
 compiled(kernels.observe_average, {"GROUP": 4, "BLOCK": 256, **early})
 network = {f"{part}{n}_ptr": "*fp32" for part in ("weight", "bias") for n in (1, 2, 3)}
 network |= {f"{name}_ptr": "*fp32" for name in ("history", "sums", "sliding", "scores")}

@@ -26,6 +26,7 @@ BUDGET = {"page": 4, "pages": 3, "sink": 1, "local": 1}
 TURNED = {"frequencies": (1.0, 0.3, 0.05), "ahead": 9, "history": 12}
 POLICIES = [
     ("dense", {}), ("sink-local", {}), ("quest", {}), ("page-range", {}),
+    ("key-codes", {"queries": 5}),
     ("last-row", {"calibrate_every": 3}),
     ("ema", {}), ("ema", {"calibrate_every": 2}), ("snapkv", {"window": 5}),
     ("expected-attention", TURNED), ("expected-attention", {**TURNED, "interleaved": True}),
@@ -71,7 +72,7 @@ def check(program: Program, model: Any, cuts: list[int], padding: int) -> None:
 
 
 CASES = [(kind, fields, False) for kind, fields in POLICIES] + [
-    (kind, {}, True) for kind in ("quest", "snapkv", "predictor")
+    (kind, {}, True) for kind in ("quest", "key-codes", "snapkv", "predictor")
 ]
 
 

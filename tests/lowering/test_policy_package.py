@@ -148,7 +148,7 @@ def test_the_program_itself_generates(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [
-    ("sink-local", {}), ("quest", {}), ("page-range", {}), ("snapkv", {}),
+    ("sink-local", {}), ("quest", {}), ("page-range", {}), ("key-codes", {}), ("snapkv", {}),
     ("ema", {"calibrate_every": 3}), ("predictor", {}), ("oracle", {}),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", ["ampere", "ascend910b"])

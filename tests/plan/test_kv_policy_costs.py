@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphopt.errors import UsageError
-from graphopt.ir.kv_policies import Dense, Ema, KVHeads, PageBudget, Quest, SinkLocal
+from graphopt.ir.kv_policies import Dense, Ema, KeyCodes, KVHeads, PageBudget, Quest, SinkLocal
 from graphopt.plan.kv_policy import KERNELS, step_costs
 from graphopt.targets import DecodeFigures, get_target
 
@@ -83,3 +83,12 @@ def test_what_the_file_does_not_state_is_asked_for():
         step_costs(Quest(budget(64)), LLAMA, 4096, get_target("volta"))
     with pytest.raises(UsageError, match=r"cpu\.toml states no host\.link"):
         step_costs(Quest(budget(64)), LLAMA, 4096, get_target("cpu"), offloaded=True)
+
+
+def test_codes_are_read_by_kernels_and_unpacked_in_torch():
+    """Torch makes 32 bits of each two, ten times over: more than reading all keys takes."""
+    policy = KeyCodes(budget(4096, page=4))
+    state = 8 * 65536 * 32 + 8 * 96 * 8 + 2 * 8 * 128 * 4
+    on_gpu = step_costs(policy, LLAMA, 65536, ROUND)
+    assert on_gpu.selection == pytest.approx(KERNELS["key-codes"] * 1e-6 + state / 1e12)
+    assert on_gpu.worth_it and not step_costs(policy, LLAMA, 65536, get_target("cpu")).worth_it

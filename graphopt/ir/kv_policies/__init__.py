@@ -16,6 +16,7 @@ from graphopt.ir.kv_policies.base import STEPS, KVHeads, KVPolicy, State, Tensor
 from graphopt.ir.kv_policies.dense import Dense
 from graphopt.ir.kv_policies.ema import Ema
 from graphopt.ir.kv_policies.expected_attention import ExpectedAttention
+from graphopt.ir.kv_policies.key_codes import KeyCodes
 from graphopt.ir.kv_policies.last_row import LastRow
 from graphopt.ir.kv_policies.oracle import OracleTopK, OracleTopP
 from graphopt.ir.kv_policies.page_range import PageRange
@@ -35,6 +36,7 @@ __all__ = [
     "Filled",
     "KVHeads",
     "KVPolicy",
+    "KeyCodes",
     "LastRow",
     "OracleTopK",
     "OracleTopP",
@@ -62,6 +64,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
         Ema,
         Quest,
         PageRange,
+        KeyCodes,
         SnapKV,
         ExpectedAttention,
         Predictor,

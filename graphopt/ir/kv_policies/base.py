@@ -103,6 +103,10 @@ class KVPolicy(ABC):
         """
         return {}
 
+    def numbers_of_page(self, heads: KVHeads) -> int:
+        """Return how many numbers `select` makes of each page of a KV head, beside its score."""
+        return 0
+
     def weight_types(self, heads: KVHeads) -> dict[str, TensorType]:
         """Return the shapes and dtypes of what `with_weights` takes, in their order."""
         return {}

@@ -62,6 +62,10 @@ class PageRange(Quest):
         scoring: Scoring,
     ) -> Tensor:
         assert q_BH1D is not None
+        return select_pages(self.shares(state, q_BH1D, lengths, scoring), self.budget, lengths)
+
+    def shares(self, state: State, q_BH1D: Tensor, lengths: Filled, scoring: Scoring) -> Tensor:
+        """Return the share of attention that each page is estimated at, [B, G, N]."""
         dtype = statistics_dtype(state["least"].dtype)
         least, largest = (state[name].to(dtype) for name in ("least", "largest"))
         q = q_BH1D[:, :, 0].to(dtype).unflatten(1, (least.shape[1], -1)) * scoring.scale
@@ -76,4 +80,4 @@ class PageRange(Quest):
         known = before.present_BN(self.budget.page)[:, None, None, : estimate.shape[-1]]
         estimate = estimate[..., : known.shape[-1]]
         shares = estimate.masked_fill(~known, torch.finfo(dtype).min).softmax(-1)
-        return select_pages(shares.mean(2), self.budget, lengths)
+        return shares.mean(2)

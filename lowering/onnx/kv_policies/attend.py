@@ -19,6 +19,7 @@ from graphopt.ir.kv_policies import POLICIES, STEPS, KVPolicy
 from graphopt.lowering.onnx.kv_policies.averages import Averages
 from graphopt.lowering.onnx.kv_policies.expected_attention import ExpectedMass
 from graphopt.lowering.onnx.kv_policies.frame import Frame, write_tokens
+from graphopt.lowering.onnx.kv_policies.key_codes import CodedKeys
 from graphopt.lowering.onnx.kv_policies.page_range import EstimatedShares
 from graphopt.lowering.onnx.kv_policies.predictor import PredictedRow
 from graphopt.lowering.onnx.kv_policies.quest import Bounds
@@ -33,6 +34,7 @@ SELECTIONS: dict[str, type[Selection]] = {
     "ema": Averages,
     "quest": Bounds,
     "page-range": EstimatedShares,
+    "key-codes": CodedKeys,
     "snapkv": Votes,
     "expected-attention": ExpectedMass,
     "predictor": PredictedRow,
