@@ -161,9 +161,7 @@ def memory_command(
     spec = model_spec(model, config)
     graph = graph_to_measure(spec, flags.phase or PREFILL, flags.onnx)
     out = flags.out or Path("memory.html")
-    for path in (out, flags.perfetto, flags.save):
-        if path is not None:
-            check_writable(path)
+    check_apart(spec, {"-o": out, "--perfetto": flags.perfetto, "--save": flags.save})
     # What a script prints is no part of the table, nor of JSON.
     with ui.progress_bars() as progress, contextlib.redirect_stdout(sys.stderr):
         progress("recording", 0, 1)
@@ -197,6 +195,27 @@ def memory_command(
         _print(summary, out, beside.rows() if beside is not None else [])
     if not run.trace.complete:
         raise typer.Exit(1)
+
+
+def check_apart(spec: str, files: dict[str, Path | None]) -> None:
+    """Refuse files that cannot be written, or that another result or what is read would be lost by.
+
+    Args:
+        spec: A model, a script with its function, or saved events.
+        files: By option.
+
+    Raises:
+        UsageError: Naming the option.
+    """
+    read = Path(f"{spec.partition('.py:')[0]}.py" if ".py:" in spec else spec)
+    taken = {read.resolve(): "what is read"}
+    for option, path in files.items():
+        if path is None:
+            continue
+        check_writable(path)
+        holds = taken.setdefault(path.resolve(), f"what {option} writes")
+        if holds != f"what {option} writes":
+            raise UsageError(f"{option} {path}: that file is {holds}.", "Give another file.")
 
 
 OF_MODELS = ("phase", "dtype")

@@ -55,11 +55,13 @@ class Operator:
         written_if: The flag, by position, without which the arguments in `hidden` are not written.
         hidden: Arguments that are written though the schema says nothing of it.
         resizes: It may give a storage that it writes another size.
+        dropout: Where the probability is by which it drops what it computes; None for nowhere.
         unknown: It has no schema: every tensor argument is read, and every result is fresh.
     """
 
     __slots__ = (
-        "hidden", "index", "name", "reads", "resizes", "unknown", "view", "writes", "written_if",
+        "dropout", "hidden", "index", "name", "reads", "resizes", "unknown", "view", "writes",
+        "written_if",
     )  # fmt: skip
 
     def __init__(self, index: int, function: Any) -> None:
@@ -68,18 +70,21 @@ class Operator:
         self.writes: list[Place] = []
         self.view = self.resizes = False
         self.hidden: tuple[Place, ...] = ()
+        self.dropout: Place | None = None
         self.written_if = 0
         schema = getattr(function, "_schema", None)
         self.unknown = schema is None
         if schema is None:
             return
-        short = schema.name.split("::")[-1]
+        short = schema.name.split("::")[-1].removeprefix("_foreach_")
         self.resizes = short in _RESIZES
         self.hidden, self.written_if = _HIDDEN_WRITES.get(short, ((), 0))
         for position, argument in enumerate(schema.arguments):
+            place = argument.name if argument.kwarg_only else position
+            if argument.name == "dropout_p":
+                self.dropout = place
             if "Tensor" not in str(argument.type):
                 continue
-            place = argument.name if argument.kwarg_only else position
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written:
                 self.writes.append(place)
@@ -94,6 +99,15 @@ class Operator:
         if short == "lift_fresh":
             # What `torch.tensor` makes of values enters by it, though the schema calls it a view.
             self.view, self.reads = False, []
+
+    def draws(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call drops what it computes at random, as attention does in training."""
+        place = self.dropout
+        if place is None:
+            return False
+        if isinstance(place, int) and place < len(args):
+            return bool(args[place])
+        return bool(kwargs.get("dropout_p"))
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
         """Yield the tensors that a call writes in place."""
@@ -155,7 +169,9 @@ def data_dependence(error: BaseException) -> str | None:
         return "a condition depends on a value"
     text = str(error)
     known = (NotImplementedError, RuntimeError, TypeError)
-    if isinstance(error, known) and "meta" in text.lower():
+    if "same device" in text:
+        return None  # the run would fail with values, too
+    if isinstance(error, known) and re.search(r"(?<![a-z])meta(?![a-z])", text, re.IGNORECASE):
         # Tensors of device "meta" refuse in many words; an operator's name says most.
         found = re.search(r"aten::(\w+)|torch\.(\w+)\(\)|cannot (\w+) a meta", text)
         if found is None:

@@ -8,6 +8,8 @@ again is another instance. What is in this module runs for every operator, and i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +51,20 @@ class _Followed(weakref.ref[torch.UntypedStorage]):
     index: int
     key: int
     size: int
+
+
+def _storages() -> set[int]:
+    """Return the addresses of the storages of all tensors, and of their gradients."""
+    found: set[int] = set()
+    for tensor in gc.get_objects():
+        if not issubclass(type(tensor), Tensor):
+            continue
+        # A subclass, or a tensor without memory of its own, may have none.
+        with contextlib.suppress(Exception):
+            found.add(tensor.untyped_storage()._cdata)
+            if tensor.is_leaf and tensor.grad is not None:
+                found.add(tensor.grad.untyped_storage()._cdata)
+    return found
 
 
 class Recorder(TorchDispatchMode):
@@ -105,6 +121,7 @@ class Recorder(TorchDispatchMode):
         self._own = 0  # nanoseconds spent in here
         self._hooks: list[Any] = []
         self._resize: Any = None
+        self._before: set[int] | None = None  # storages that there were, where that is known
 
     def __enter__(self) -> Recorder:
         self._hooks = [
@@ -121,6 +138,8 @@ class Recorder(TorchDispatchMode):
 
         # What resizes a storage by hand, as sharded training does, is no operator.
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        if self._as_fake is None:
+            self._before = _storages()
         super().__enter__()
         return self
 
@@ -141,7 +160,7 @@ class Recorder(TorchDispatchMode):
     def tag(self, tensors: Mapping[str, Tensor], category: Category) -> None:
         """Say what tensors hold, and their names; one that was not seen yet existed before."""
         for name, tensor in tensors.items():
-            if not self._closed and (index := self._index(tensor)) >= 0:
+            if not self._closed and (index := self._index(tensor, existed=True)) >= 0:
                 self.log.rows[index].category, self.log.rows[index].name = category, name
 
     def __torch_dispatch__(
@@ -167,6 +186,8 @@ class Recorder(TorchDispatchMode):
                 self.notes.append(f"What {op.name} runs inside is not seen.")
         if op.view or self._closed:
             return function(*args, **kwargs)
+        if op.draws(args, kwargs):
+            op = self._drawing(function)
         if self._clock == "cuda events":
             return self._timed_on_gpu(op, function, args, kwargs)
         begun = time.perf_counter_ns()
@@ -178,6 +199,14 @@ class Recorder(TorchDispatchMode):
         self._log(op, function, args, kwargs, out, begun - self._own, ended - self._own)
         self._own += time.perf_counter_ns() - ended
         return out
+
+    def _drawing(self, function: Any) -> Operator:
+        """Return an operator that draws random numbers in some calls, for one of those."""
+        key = function, "draws"
+        if key not in self._operators:
+            op = self._operators[key] = Operator(len(self._operators), function)
+            op.name += ", with dropout"
+        return self._operators[key]
 
     def _timed_on_gpu(self, op: Operator, function: Any, args: Any, kwargs: Any) -> Any:
         span = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -273,22 +302,37 @@ class Recorder(TorchDispatchMode):
         """Return a tensor's storage; None, and a note, where it has none of its own."""
         if self._as_fake is not None:
             tensor = self._as_fake(tensor)
+        if tensor.is_nested:
+            self._say_not_followed("that are nested have no sizes")
+            return None
         try:
             return tensor.untyped_storage()
         except NotImplementedError:
-            note = f"Tensors of layout {tensor.layout} have no storage, and are not followed."
-            if note not in self.notes:
-                self.notes.append(note)
+            self._say_not_followed(f"of layout {tensor.layout} have no storage")
             return None
 
-    def _index(self, tensor: Tensor) -> int:
-        """Return the instance of a tensor that an operator is given; -1 where there is none."""
+    def _say_not_followed(self, why: str) -> None:
+        note = f"Tensors {why}, and are not followed."
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _index(self, tensor: Tensor, existed: bool = False) -> int:
+        """Return the instance of a tensor that an operator is given; -1 where there is none.
+
+        Args:
+            existed: Whether one that was not seen yet existed before, which is looked up otherwise.
+        """
         storage = self._storage(tensor)
         if storage is None:
             return -1
         known = self._followed.get(id(storage))
         if known is None:
-            return self._follow(tensor, storage, OUTSIDE)
+            index = self._follow(tensor, storage, OUTSIDE)
+            if not (existed or self._before is None or storage._cdata in self._before):
+                # What reads files, or another process, made it meanwhile: it counts from here.
+                self.log.codes.append(index << 2 | MALLOC)
+                self.log.times.append(self._host_time())
+            return index
         if type(tensor) is not Tensor and isinstance(tensor, torch.nn.Parameter):
             self.log.rows[known.index].category = "weight"  # also where it was made just now
         return known.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from event_lists import EventList, training
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +69,23 @@ def test_what_lives_on_has_an_interval_into_the_next_period():
         assert found.first[place] > found.second[place]
     inner = found.gap[~found.wraps & (found.instance == 0)].sum()
     assert inner + found.gap[wraps][found.instance[wraps] == 0].sum() == period.duration(trace)
+
+
+@pytest.mark.parametrize("first", [1, 40, 1000])
+def test_of_steps_of_unequal_times_no_block_lies_untouched_longer_than_its_own(first):
+    """The last step takes 100 between its two accesses; what the first took does not matter."""
+    events = EventList("host")
+    weight = events.external(10)
+    for middle in (first, first, 100):
+        events.mark()
+        events.op("use", [weight], takes=5)
+        events.op("other", sizes=[1], takes=middle)
+        events.op("use", [weight], takes=7)
+    trace = events.trace()
+    found = access_intervals(trace, find_period(trace))
+    own = found.instance == weight
+    # Behind the last access comes what lay between two steps before, 7.
+    assert found.gap[own].tolist() == [105, 7] and found.wraps[own].tolist() == [False, True]
 
 
 def test_shares_and_quantiles():

@@ -163,6 +163,23 @@ def test_a_place_that_cannot_be_written_is_refused_first(script, elsewhere, opti
         assert done.exit_code == 2 and said in done.stderr and not mark.exists()
 
 
+def test_no_file_that_is_read_or_written_already_is_written_over(elsewhere):
+    script, saved = elsewhere / "once.py", elsewhere / "once.json"
+    script.write_text("import torch\n\n\ndef step():\n    torch.zeros(8)\n")
+    arguments = f"{script}:step", "--device", "cpu"
+    assert run(*arguments, "--save", saved, "-o", elsewhere / "x.html").exit_code == 0
+    kept = {path: path.read_bytes() for path in (script, saved)}
+    for given, said in (
+        ((*arguments, "-o", script), "-o {script}: that file is what is read"),
+        ((saved, "-o", saved), "-o {saved}: that file is what is read"),
+        ((*arguments, "--save", saved, "-o", saved), "--save {saved}: that file is what -o writes"),
+    ):
+        done = run(*given)
+        assert done.exit_code == 2
+        assert said.format(script=script, saved=saved) in " ".join(done.stderr.split())
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
 def test_control_flow_by_values_is_refused_without_values(script):
     done = run(f"{script}:asks", "--device", "fake")
     assert done.exit_code == 2 and "tensors without values" in done.stderr

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphopt.errors import UsageError
 from graphopt.memory.cost import Roofline
+from graphopt.memory.operators import data_dependence
 from graphopt.memory.recorder import Recorder
 from graphopt.memory.recording import record
 from graphopt.memory.stand_in import StandIn
@@ -475,3 +476,71 @@ def test_a_roofline_counts_attention_with_grouped_heads() -> None:
         )
     # Two products of 2 B H S T D operations each, at one operation a nanosecond.
     assert forward.time_ns.max() == 2 * (2 * 2 * 6 * 8 * 8 * 16)
+
+
+def test_nested_tensors_are_said_not_to_be_followed() -> None:
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+
+    def work() -> Tensor:
+        return torch.nested.nested_tensor(parts, layout=torch.strided) * 2
+
+    trace = record(work)
+    assert "Tensors that are nested have no sizes, and are not followed." in trace.notes
+
+
+def test_attention_that_drops_is_told_from_attention_that_does_not() -> None:
+    q = torch.randn(1, 2, 8, 16, device="meta")
+
+    def work() -> None:
+        for dropout in (0.0, 0.5):
+            torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, dropout)
+
+    with StandIn():
+        trace = record(work)
+    name = "aten._scaled_dot_product_flash_attention.default"
+    assert [n for n in trace.op_names if "attention" in n] == [name, f"{name}, with dropout"]
+
+
+def test_lists_are_overwritten_as_tensors_are() -> None:
+    out, values = [torch.zeros(4), torch.zeros(2)], [torch.ones(4), torch.ones(2)]
+
+    def work() -> None:
+        torch._foreach_copy_(out, values)
+        torch._foreach_zero_(out)
+
+    trace = record(work)
+    read = {trace.instance[i] for i, kind in enumerate(trace.kind) if KIND_NAMES[kind] == "read"}
+    written = {
+        trace.instance[i] for i, kind in enumerate(trace.kind) if KIND_NAMES[kind] == "write"
+    }
+    assert len(read) == len(written) == 2 and not read & written
+
+
+@pytest.mark.parametrize(
+    ("words", "depends"),
+    [
+        ("no metadata for layer 3", False),
+        ("Expected all tensors to be on the same device, found two: meta and cuda:0", False),
+        ("Cannot copy out of meta tensor; no data!", True),
+    ],
+)
+def test_an_error_is_put_down_to_values_where_it_is_of_meta_tensors(
+    words: str, depends: bool
+) -> None:
+    assert (data_dependence(RuntimeError(words)) is not None) == depends
+
+
+def test_what_no_operator_made_counts_from_where_it_is_seen_first() -> None:
+    """A buffer of another library's, made in each iteration, lives as long as it is held."""
+    weight = nn.Parameter(torch.ones(100))
+    weight.grad = torch.zeros(100)
+
+    def work() -> None:
+        batch = torch.frombuffer(bytearray(4000), dtype=torch.float32)
+        weight.grad.add_((batch.sum() * weight).detach())
+
+    trace = record(work, iterations=4)
+    made = [i for i in trace.instances if i.size == 4000]
+    assert len(made) == 4 and all(not i.external and i.died is not None for i in made)
+    assert sorted(i.size for i in trace.instances if i.external) == [400, 400]
+    assert int(trace.live_bytes().max()) < 6000

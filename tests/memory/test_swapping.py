@@ -204,6 +204,22 @@ def test_what_cannot_be_computed_again(why):
     assert not long
 
 
+def test_nothing_is_computed_again_between_accesses_of_neighbours():
+    """Two reads by one operator, and a read right behind another, leave no time in between."""
+    events = EventList()
+    x = events.external(10, "input")
+    (a,) = events.op("relu", [x], [1000])
+    events.op("other", [x])
+    events.op("mul", [a, a])
+    events.op("use", [a])
+    events.op("other", [x])
+    events.op("use", [a])
+    trace = events.trace()
+    found = recompute_candidates(trace, access_intervals(trace))
+    calls = sorted((int(trace.call[r.first]), int(trace.call[r.second])) for r in found)
+    assert calls == [(0, 2), (3, 5)]
+
+
 def test_choices_reach_a_target_and_say_what_each_leaves():
     trace = training(4, 6, size=1000)
     period = find_period(trace)
@@ -218,7 +234,7 @@ def test_choices_reach_a_target_and_say_what_each_leaves():
     assert {c.how for c in again.choices} == {"recompute"} and again.after <= before - 1500
     assert all(c.cost > 0 for c in again.choices)
     none = reach_target(trace, 1, Link(1.0, 1.0), period, recomputes=False)
-    assert none.after == before and not none.choices and "nothing else" in none.left
+    assert none.after == before and not none.choices and "no other block of 2 bytes" in none.left
     assert not reach_target(trace, before, Link(1.0, 1.0), period).choices
 
 

@@ -57,7 +57,8 @@ class Period:
         first, behind = self.window
         if behind < len(trace):
             return int(trace.time_ns[behind] - trace.time_ns[first])
-        return int(trace.time_ns[first] - trace.time_ns[first - self.events])
+        # The trace ends with it: what lies between two periods is that in front of it.
+        return int(trace.time_ns[-1] - trace.time_ns[first - 1])
 
 
 def find_period(trace: Trace, *, sizes: bool = True) -> Period | None:

@@ -21,8 +21,13 @@ Int64 = npt.NDArray[np.int64]
 LONGEST_CHAIN = 16
 """Operations that are run again for one block, at most."""
 
-_RANDOM = re.compile(r"rand|dropout|bernoulli|normal|uniform|multinomial|poisson|exponential")
-_NOT_RANDOM = re.compile(r"batch_norm|layer_norm|group_norm|rms_norm|normalize|renorm|_norm")
+_RANDOM = re.compile(
+    r"rand|dropout|rrelu|bernoulli|binomial|multinomial|poisson|normal|uniform|exponential|gamma|"
+    r"dirichlet|geometric|cauchy"
+)
+_NOT_RANDOM = re.compile(
+    r"batch_norm|layer_norm|group_norm|rms_norm|normalize|renorm|_norm|(l|poly|di)gamma"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def recompute_candidates(trace: Trace, intervals: Intervals, *, least: int = 1) 
         if instance.external or instance.category not in ("activation", "other"):
             continue
         first, second = int(intervals.first[place]), int(intervals.second[place])
-        if trace.kind[second] != READ or trace.call[second] <= makers.call[instance.index] + 1:
+        if trace.kind[second] != READ or trace.call[second] <= trace.call[first] + 1:
             continue  # nothing is between the accesses
         needs: set[int] = set()
         chain = _chain(trace, makers, instance.index, second, needs)

@@ -178,7 +178,7 @@ def reach_target(
                     best = lower, _choice("recompute", drop, drop.cost, int(lower.max()))
                     break
         if best is None:
-            left = _why(trace, swaps, recomputes)
+            left = _why(trace, swaps, recomputes, int(LEAST_SHARE * before))
             return Reached(target, before, peak, choices, left)
         live, choice = best
         peak = choice.peak
@@ -214,9 +214,12 @@ def _choice(
     return Choice(how, one.instance, one.first, one.second, one.size, cost, peak)
 
 
-def _why(trace: Trace, swaps: bool, recomputes: bool) -> str:
+def _why(trace: Trace, swaps: bool, recomputes: bool, least: int) -> str:
     if swaps and not has_times(trace):
         return "the clock counts operations, so no copy can be timed; nothing else can be dropped"
     if not (swaps or recomputes):
         return "neither swapping nor recomputing is allowed"
-    return "nothing else over the peak can be moved in time or computed again"
+    return (
+        f"no other block of {least:,} bytes or more over the peak can be moved in time or computed "
+        "again"
+    )

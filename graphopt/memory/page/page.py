@@ -46,7 +46,7 @@ def render(summary: Summary, offsets: npt.NDArray[np.int64] | None = None) -> st
         style=page_style(),
         script=folder.joinpath("page.js").read_text(encoding="utf-8"),
         # The end of a script's tag may not stand in one.
-        data=json.dumps(picture.data, separators=(",", ":")).replace("</", "<\\/"),
+        data=json.dumps(picture.data, separators=(",", ":")).replace("<", "\\u003c"),
         title=f"{escape(summary.title)} · graphopt memory",
         name=escape(summary.title),
         subtitle=escape(_subtitle(summary)),
