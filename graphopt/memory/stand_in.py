@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -26,6 +27,9 @@ from graphopt.memory.fused_attention import attend
 from graphopt.memory.operators import words
 
 _run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+_CHECKS = "_allowed_determinism_checks_to_fns"
+"""What checkpoints know a tensor again by."""
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 
@@ -78,6 +82,7 @@ class StandIn(TorchFunctionMode):
             (torch.cuda, "get_per_process_memory_fraction", lambda device=None: 1.0),
             (torch.cuda, "is_bf16_supported", lambda *_: self.capability >= (8, 0)),
             (torch.autograd, "_engine_run_backward", self._backward),
+            (torch_checkpoint, _CHECKS, {**getattr(torch_checkpoint, _CHECKS), "default": _known}),
             (StandIn, "active", self),
         ):
             self._kept.append((owner, name, getattr(owner, name)))
@@ -141,6 +146,12 @@ class StandIn(TorchFunctionMode):
         if torch.is_autocast_enabled("cuda"):
             args, kwargs = _autocast(function, args, kwargs)
         return function(*args, **kwargs)
+
+
+def _known(x: Tensor) -> dict[str, Any]:
+    """Return what a checkpoint knows a tensor again by: asked where modes are on, and off."""
+    with torch._C.DisableTorchFunction():
+        return {"shape": x.shape, "dtype": x.dtype, "device": x.device}
 
 
 def _names_gpu(value: Any) -> bool:

@@ -262,6 +262,23 @@ def test_what_a_checkpoint_computes_again_is_an_activation() -> None:
     assert sum(i.category == "gradient" for i in trace.instances) >= 2
 
 
+def test_a_checkpoint_without_values_has_the_events_of_one_with_values() -> None:
+    def make(device: str) -> Any:
+        w = nn.Parameter(torch.ones(4, 4, device=device))
+        x = torch.ones(4, 4, device=device)
+
+        def step() -> None:
+            w.grad = None
+            checkpoint(lambda v: (v @ w).exp(), x, use_reentrant=False).sum().backward()
+
+        return step
+
+    with StandIn():
+        without = record(make("cuda"), iterations=2)
+    assert without.complete
+    assert plain(without) == plain(record(make("cpu"), iterations=2))
+
+
 def test_a_callable_that_fails_midway_gives_what_was_traced() -> None:
     def work() -> None:
         torch.ones(4)
