@@ -152,8 +152,8 @@ class AttachKVPolicy(Pass):
     """
 
     kind: Literal[
-        "dense", "sink-local", "last-row", "ema", "quest", "page-range", "snapkv",
-        "key-codes", "expected-attention", "predictor", "oracle", "oracle-top-p",
+        "dense", "sink-local", "last-row", "ema", "quest", "page-range", "key-codes",
+        "snapkv", "expected-attention", "predictor", "oracle", "oracle-top-p",
     ] = "page-range"  # fmt: skip
     budget: Annotated[int, Field(ge=1)] = 1024
     page: Annotated[int, Field(ge=1)] = 16
