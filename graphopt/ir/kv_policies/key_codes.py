@@ -47,7 +47,7 @@ class KeyCodes(KVPolicy):
     project's own.
 
     Attributes:
-        history: Queries at the end of a prompt that say which features count.
+        queries: How many at the end of a prompt say which features count.
     """
 
     kind: ClassVar[str] = "key-codes"
@@ -211,5 +211,9 @@ def _levels(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def parts(width: int) -> tuple[tuple[int, int], ...]:
-    """Return the bits of a code's features, and how many features have them, in their order."""
+    """Return the bits of a code's features, and how many features have them, in their order.
+
+    Args:
+        width: Features of a head, as `width_of_codes` rounds them.
+    """
     return (4, width // 4), (2, width // 2)

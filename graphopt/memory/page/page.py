@@ -45,7 +45,7 @@ def render(summary: Summary, offsets: npt.NDArray[np.int64] | None = None) -> st
     return Template(template).substitute(
         style=page_style(),
         script=folder.joinpath("page.js").read_text(encoding="utf-8"),
-        # The end of a script's tag may not stand in one.
+        # Neither the end of a script's tag nor the beginning of a comment may stand in one.
         data=json.dumps(picture.data, separators=(",", ":")).replace("<", "\\u003c"),
         title=f"{escape(summary.title)} · graphopt memory",
         name=escape(summary.title),
